@@ -62,7 +62,9 @@ def normalized(arguments: Sequence[str], record: type[Any], names: "LiteralNames
     words, result = list(arguments), list[str]()
 
     def encoded(value: str, hint: Any) -> str:
-        return value if names is None or not {str, Path} & {hint, *get_args(hint)} else names.encode(value)
+        types = {str, Path} & {hint, *get_args(hint)}
+        is_empty_path = value == "" and str not in types  # the parser refuses it
+        return value if names is None or not types or is_empty_path else names.encode(value)
 
     while words:
         word = words.pop(0)

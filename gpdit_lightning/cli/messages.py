@@ -13,6 +13,7 @@ from gpdit_lightning.cli.arguments import item_type
 
 PREFIX = "the recipe or the command line cannot be used: "
 NAMES_WITH_VALUES = "names with values, such as {width: 8}"
+EMPTY = "empty: give a value, or leave the option out"  # of a path
 # Nested lines of jsonargparse's reasons, which explain what a class path is.
 EXPECTED = r"Expected an? (.*?)(?:\. Got value: .*)?$|Not a valid (subclass of \w+)"
 EXPLANATIONS = ("a class path (str)", "a dict with")
@@ -123,6 +124,8 @@ def relevant_part(message: str) -> str:
     if key and config:
         reason = "" if "Parser key" in message[key.end() :] else f" ({' '.join(reasons[:1])})"
         return f"{key[1]} is {config[1] or config[2]}; it must be {NAMES_WITH_VALUES}{reason}."
+    if key and EMPTY in message:
+        return f"--{key[1]} is {EMPTY}."
     value = re.search(r"(?:Given value|Got value): (.*)", message)
     reasons_or_last_line = relevant or [message.split("\n  ")[-1]]
     expected = [re.match(EXPECTED, reason) for reason in reasons_or_last_line]

@@ -4,15 +4,17 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse.typing import register_type
 
 from gpdit_lightning.cli.arguments import LiteralNames, item_type, normalized, recipe_arguments
 from gpdit_lightning.cli.bounded_yaml import PARSER_MODE, use_bounded_yaml
 from gpdit_lightning.cli.checked_files import FileCheckingParser
 from gpdit_lightning.cli.failures import DEBUG
-from gpdit_lightning.cli.messages import PREFIX, OptionHelp, one_sentence
+from gpdit_lightning.cli.messages import EMPTY, PREFIX, OptionHelp, one_sentence
 from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path, with_bases
 from gpdit_lightning.cli.value_checks import check_values
 from gpdit_lightning.errors import InputError
@@ -22,6 +24,16 @@ from gpdit_lightning.options.shared import RecipeOptions
 # Every field's docstring becomes its help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 use_bounded_yaml()
+
+
+def _path(text: str) -> Path:
+    """Return a path; `Path("")` would be the working directory."""
+    if not text:
+        raise ValueError(EMPTY)
+    return Path(text)
+
+
+register_type(Path, deserializer=_path, fail_already_registered=False)
 
 COMMAND = "python -m gpdit_lightning"
 

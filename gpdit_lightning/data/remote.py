@@ -137,7 +137,7 @@ async def _http_client(**settings: Any) -> Any:
             async with asyncio.timeout(HEADER_SECONDS):
                 return await super().start(connection)
 
-    limits = {
+    limits: dict[str, Any] = {
         "timeout": ClientTimeout(total=None, sock_connect=30, sock_read=SILENT_SECONDS),
         "response_class": BoundedResponse,
     }

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.prepare import ImageScaling
 from gpdit_lightning.options.shared import (
+    MAX_COUNT,
     ContextNoiseOptions,
     LabelGuidanceOptions,
     ModelOptions,
@@ -15,6 +16,7 @@ from gpdit_lightning.options.shared import (
     SamplerOptions,
     SizeOptions,
     check_at_least,
+    check_at_most,
 )
 
 LabelRule = Literal["balanced", "uniform", "data"]
@@ -154,6 +156,7 @@ class EvaluateOptions(
         super().__post_init__()
         check_at_least(self, count=2, context_frames=0, generated_frames=1, stride=1, steps=1, window=1)
         check_at_least(self, self_check_videos=0, keep_videos=0, chunk=1, samples=2)
+        check_at_most(self, generated_frames=MAX_COUNT, samples=MAX_COUNT)
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"--seeds are {list(self.seeds)}: give one or more different numbers, each at least 0.")
         if not self.labels and self.label_guidance != 1:

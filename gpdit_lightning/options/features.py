@@ -6,14 +6,17 @@ from typing import Literal
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.shared import (
+    MAX_WORKERS,
     CheckpointOptions,
     LoadingOptions,
     OptionRecord,
     PrecisionOptions,
     VideoOptions,
     check_at_least,
+    check_at_most,
 )
 
+MAX_TEMPORAL_TOKENS = 2**16  # far above any clip
 FeatureFormat = Literal["npy", "pickle"]
 
 
@@ -70,6 +73,7 @@ class FeaturesOptions(
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, layer=1, frames=1, batch_size=1, workers=0, temporal_tokens=0)
+        check_at_most(self, workers=MAX_WORKERS, temporal_tokens=MAX_TEMPORAL_TOKENS)
         if self.stride is not None and self.stride < 0:
             raise InputError(
                 f"--stride is {self.stride}: give at least 1, or 0 for frames spaced evenly over the whole video."

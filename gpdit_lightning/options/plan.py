@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.options.shared import OptionRecord, check_at_least
+from gpdit_lightning.options.shared import OptionRecord, check_at_least, check_is_utf8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +50,9 @@ class PlanOptions(PlannedMachineOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, gpus=0, cores=1)
+        for name in ("data_dir", "out", "run_dir"):
+            check_is_utf8(self, name, "rename it, since the recipe records it")
         for name in ("hours", "gpu_memory", "host_memory"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"--{name} is {value}: give a number above 0.")
-        if not self.data_dir:
-            raise InputError("--data_dir names no folder: give one made by `python -m gpdit_lightning prepare`.")

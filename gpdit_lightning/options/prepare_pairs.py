@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.prepare import CodecOptions, ValidationOptions
-from gpdit_lightning.options.shared import OptionRecord, check_at_least
+from gpdit_lightning.options.shared import MAX_COUNT, OptionRecord, check_at_least, check_at_most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,7 @@ class PreparePairsOptions(PairInputOptions, SequenceOptions, PairValidationOptio
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, pairs=1, sequences=1, pairs_per_sequence=1, held_out_pairs=0, seed=0)
+        check_at_most(self, sequences=MAX_COUNT)
         if self.pairs < self.pairs_per_sequence:
             raise InputError(
                 f"--pairs is {self.pairs} but a sequence has {self.pairs_per_sequence}: raise --pairs or lower "

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.options.shared import LoadingOptions, OptionRecord, VideoOptions, check_at_least
+from gpdit_lightning.options.shared import (
+    MAX_WORKERS,
+    LoadingOptions,
+    OptionRecord,
+    VideoOptions,
+    check_at_least,
+    check_at_most,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +89,7 @@ class ProbeOptions(
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, frames=1, stride=1, batch_size=1, workers=1)
+        check_at_most(self, workers=MAX_WORKERS)
         if (self.train_list is None) != (self.test_list is None):
             raise InputError("only one list of videos is given: give both --train_list and --test_list.")
         if self.train_list and self.split:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
@@ -14,6 +14,7 @@ Precision = Literal["auto", "32", "bf16"]
 
 MAX_SEED = 2**32 - 1  # of NumPy's global generator
 MAX_COUNT = 2**20  # of results of one command, and of frames of a video: each takes memory or time
+MAX_WORKERS = 1024
 
 
 def check_at_least(options: Any, **limits: int) -> None:
@@ -41,10 +42,11 @@ def check_between(options: Any, **ranges: tuple[float, float]) -> None:
 
 
 def check_is_utf8(options: Any, name: str, cure: str) -> None:
-    """Raise an InputError if the value of an option is text with bytes that are not UTF-8."""
+    """Raise an InputError if the value of an option, or one of its items, has bytes that are not UTF-8."""
     value = getattr(options, name)
-    if isinstance(value, str) and value != as_text(value):
-        raise InputError(f"--{name} is {value}, which is not UTF-8: {cure}.")
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, str | Path) and str(item) != as_text(str(item)):
+            raise InputError(f"--{name} is {item}, which is not UTF-8: {cure}.")
 
 
 def names_of(*records: type[Any]) -> tuple[str, ...]:
@@ -57,6 +59,11 @@ def _argument(value: Any) -> str:
     return str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)
 
 
+def _is_required(record: Any, name: str) -> bool:
+    """Return whether an option has no default; `config` may be empty where other options give the whole recipe."""
+    return name != "config" and any(field.name == name and field.default is MISSING for field in fields(record))
+
+
 class OptionRecord:
     """Base of the records of options; converts strings to paths, and single paths and strings to tuples of one."""
 
@@ -65,6 +72,8 @@ class OptionRecord:
             value, types = getattr(self, name), (hint, *get_args(hint))
             if any(item == "" for item in (value if isinstance(value, list | tuple) else [value])):
                 raise InputError(f"--{name} is empty: give a value, or leave the option out.")
+            if isinstance(value, list | tuple) and not value and _is_required(self, name):
+                raise InputError(f"--{name} is an empty list: give at least one value.")
             takes_paths = Sequence[Path] in types
             if isinstance(value, str | Path) and (takes_paths or Sequence[str] in types):
                 self._set(name, (Path(value) if takes_paths else value,))

@@ -55,6 +55,13 @@ def test_options_of_every_type_refuse_hostile_values_in_one_clear_sentence() -> 
         ("app", ["--checkpoint=m"], "max_seconds", ("-1", "0", "1e30")),
         ("app", ["--checkpoint=m"], "label_guidance", ("-1", "1e30")),
         ("app", ["--checkpoint=m"], "port", ("-1", "65536")),
+        ("sample", ["--checkpoint=m"], "frames", (str(2**62),)),
+        ("sample", ["--checkpoint=m"], "samples", (str(2**62),)),
+        ("evaluate", ["--checkpoint=m", "--out=o"], "samples", (str(2**62),)),
+        ("features", ["--checkpoint=m", "--videos=v", "--out=o"], "temporal_tokens", (str(2**62),)),
+        ("features", ["--checkpoint=m", "--videos=v", "--out=o"], "workers", (str(2**62),)),
+        ("probe", ["--checkpoint=m", "--videos=v", "--out=o"], "workers", (str(2**62),)),
+        ("prepare-pairs", ["--sources=s", "--out=o"], "sequences", (str(2**62),)),
         ("ablate", ["--config=r.yaml", "--arms={a: {}}", "--out=o"], "seeds", ("[-1]", "[4294967296]", "[1, 1]")),
     ],
 )
@@ -69,8 +76,36 @@ def test_values_outside_the_range_of_an_option_are_refused(
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text("run_dir: r")
     for value in values:
-        with pytest.raises(InputError, match=rf"^--{name} (is|are) .*: give .* (from|to) \d"):
+        with pytest.raises(InputError, match=rf"^--{name} (is|are) .*: give .*(from|to|at most) \d"):
             parse(verb, "Does something.", record_of(verb), [*required, f"--{name}={value}"])
+
+
+@pytest.mark.parametrize(("verb", "name"), [("plan", "out"), ("inspect", "folder"), ("probe", "out")])
+def test_empty_paths_are_refused(verb: str, name: str, tmp_path: Path) -> None:
+    """They would be the working directory, such as from a variable of the shell that is not set."""
+    for words in ([f"--{name}="], [f"--{name}", ""]):
+        with pytest.raises(InputError, match=rf"^--{name} is empty: give a value, or leave the option out\.$"):
+            parse(verb, "Does something.", record_of(verb), words)
+    (tmp_path / "options.yaml").write_text(f"{name}: ''")
+    with pytest.raises(InputError, match=rf"{name} is empty[:;] "):
+        parse(verb, "Does something.", record_of(verb), [f"--config={tmp_path}/options.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "sentence"),
+    [
+        ("transform", ["--checkpoint=m", "--examples=e", "--out=o", "--source=[]"], "--source is an empty list"),
+        ("plan", ["--data_dir=[]"], "--data_dir is an empty list"),
+        ("plan", ["--data_dir=a", "--out=\udcff.yaml"], "--out is .*, which is not UTF-8"),
+        ("plan", ["--data_dir", "a", "\udcff"], "--data_dir is .*, which is not UTF-8"),
+        ("plan", ["--data_dir=a", "--run_dir=\udcff"], "--run_dir is .*, which is not UTF-8"),
+    ],
+)
+def test_empty_lists_and_names_that_a_recipe_cannot_record_are_refused(
+    verb: str, words: list[str], sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        parse(verb, "Does something.", record_of(verb), words)
 
 
 @pytest.mark.parametrize("value", ["", " ", "null", "[]", "{a: 1}", "x" * 5000, 5, None])
