@@ -47,10 +47,10 @@ def check_limits(values: Namespace) -> None:
 def check_folder(name: str, value: Any) -> None:
     """Raise `InputError` if an option cannot be the path of a folder; it need not exist.
 
-    A path cannot be empty, null, a list or a mapping, or exceed the limits of the file system.
+    A path cannot be empty, null, missing (`???`), a list or a mapping, or exceed the limits of the file system.
     """
     cure = "give the path of a folder"
-    if not isinstance(value, str) or re.fullmatch(r"\s*|null|~|\[.*\]|\{.*\}", value):
+    if not isinstance(value, str) or re.fullmatch(r"\s*|null|~|\?\?\?|\[.*\]|\{.*\}", value):
         raise InputError(f"{name} is {shown(value)}: {cure}.")
     try:
         os.stat(value)

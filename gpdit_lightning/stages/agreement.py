@@ -169,6 +169,12 @@ def check_classifier(data: LatentDataModule) -> None:
     for name, needed in (("label_dropout", 0), ("noise_draws", 1), ("context_noise", 0)):
         if (value := getattr(data, name)) != needed:
             raise InputError(f"data.{name} is {value}, but ClassificationStage needs {needed}: set it to {needed}.")
+    for name, config in data.configs.items():
+        if config.frames_without_loss:
+            raise InputError(
+                f"data.{name}.frames_without_loss is {config.frames_without_loss}, but ClassificationStage uses all "
+                "frames: set it to 0."
+            )
 
 
 def check_labels_of_all(batch: LatentBatch) -> None:

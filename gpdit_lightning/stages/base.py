@@ -26,6 +26,7 @@ from gpdit_lightning.diffusion import (
     rotate_to,
     training_target,
 )
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import is_import_path
 from gpdit_lightning.model import GPDiT, GPDiTConfig
 from gpdit_lightning.model.attention import select_backend
@@ -95,7 +96,7 @@ class GPDiTStage(LightningModule):
             starts; None: random weights. A run that resumes uses its last checkpoint instead.
 
     Raises:
-        InputError: the attention backend is unknown.
+        InputError: the attention backend is unknown, or `initial_weights` is empty, as from an unset variable.
     """
 
     SOURCES: ClassVar[tuple[str, ...]] = ()
@@ -110,6 +111,11 @@ class GPDiTStage(LightningModule):
     ) -> None:
         super().__init__()
         check_annotated(type(self).__name__, backbone=backbone, schedule=schedule, optimizer=optimizer)
+        if initial_weights is not None and not initial_weights.strip():
+            raise InputError(
+                "model.init_args.initial_weights is empty: give a run folder, a checkpoint or an exported folder, or "
+                "null for random weights."
+            )
         if not is_import_path(backbone.attention_backend):  # an import path is imported when the operator is used
             find_backend(backbone.attention_backend)
         self.config, self.schedule, self.optimizer_config = backbone, schedule, optimizer

@@ -108,7 +108,7 @@ def test_empty_lists_and_names_that_a_recipe_cannot_record_are_refused(
         parse(verb, "Does something.", record_of(verb), words)
 
 
-@pytest.mark.parametrize("value", ["", " ", "null", "[]", "{a: 1}", "x" * 5000, 5, None])
+@pytest.mark.parametrize("value", ["", " ", "null", "???", "[]", "{a: 1}", "x" * 5000, 5, None])
 def test_what_cannot_be_a_folder_is_refused(value: object) -> None:
     with pytest.raises(InputError, match=r"^run_dir is .*: give the path of a folder\.$") as raised:
         check_folder("run_dir", value)

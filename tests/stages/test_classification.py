@@ -55,7 +55,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def data_of(folder: Path, batch_size: int = 8, **settings: Any) -> LatentDataModule:
     options: dict[str, Any] = {"labels": True, "label_dropout": 0.0, "max_ranks": 2}
-    return LatentDataModule(videos=SourceConfig([str(folder)], batch_size), **options | settings)
+    videos = SourceConfig([str(folder)], batch_size, frames_without_loss=settings.pop("frames_without_loss", 0))
+    return LatentDataModule(videos=videos, **options | settings)
 
 
 class Watcher(Callback):
@@ -241,6 +242,7 @@ def test_stochastic_depth_drops_branches_by_clip(tiny_config: GPDiTConfig, rando
         ({"labels": False}, r"data\.labels is false, but ClassificationStage learns labels: set it to true\."),
         ({"label_dropout": 0.1}, r"data\.label_dropout is 0\.1, but ClassificationStage needs 0: set it to 0\."),
         ({"noise_draws": 2}, r"data\.noise_draws is 2, but ClassificationStage needs 1: set it to 1\."),
+        ({"frames_without_loss": 1}, r"data\.videos\.frames_without_loss is 1, but .* uses all frames: set it to 0\."),
     ],
 )
 def test_data_without_all_labels_are_refused(
@@ -248,6 +250,13 @@ def test_data_without_all_labels_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         fit(ClassificationStage(tiny_config), data_of(shards, **settings), tmp_path, 1)
+
+
+@pytest.mark.parametrize("initial_weights", ["", " "])
+def test_empty_initial_weights_are_refused(tiny_config: GPDiTConfig, initial_weights: str) -> None:
+    """They come from an unset variable of the shell, and would be random weights."""
+    with pytest.raises(InputError, match=r"^model\.init_args\.initial_weights is empty: give a run folder"):
+        ClassificationStage(tiny_config, initial_weights=initial_weights)
 
 
 def test_a_single_class_and_samples_without_labels_are_refused(
