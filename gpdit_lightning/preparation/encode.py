@@ -22,7 +22,7 @@ from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.clips import Clip, EncodedClip, EndOfFile, Item, Note, SampleId, SkippedInput
 from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.preparation.interleave import read_clips
-from gpdit_lightning.preparation.records import PartResult
+from gpdit_lightning.preparation.record_formats import PartResult
 from gpdit_lightning.progress import progress_bar
 
 REFRESH_SECONDS = 0.5  # between changes of the text of the progress bar

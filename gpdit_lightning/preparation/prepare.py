@@ -32,7 +32,8 @@ from gpdit_lightning.options.shared import names_of
 from gpdit_lightning.preparation import shots
 from gpdit_lightning.preparation.input_files import FileFormat, InputFile, Inputs, find_inputs
 from gpdit_lightning.preparation.parts import encode_parts, load_checked_codec
-from gpdit_lightning.preparation.records import PartResult, Records
+from gpdit_lightning.preparation.record_formats import PartResult
+from gpdit_lightning.preparation.records import Records
 from gpdit_lightning.retries import explain_write_errors
 
 # Options that do not determine the content of a sample; the weights of the codec may be moved.

@@ -14,7 +14,6 @@ another part is refused, since the parts and their order cannot be known without
 shards are missing, is removed: the part is then encoded again, except for the samples in its complete shards.
 """
 
-import builtins
 import hashlib
 import json
 import logging
@@ -22,30 +21,26 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-from gpdit_lightning.data.manifest import SHARD_NAME, Kind, ShardEntry, Split
+from gpdit_lightning.data.manifest import SHARD_NAME
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, process_lock, read_bounded
-from gpdit_lightning.media.finding import LeftOut
 from gpdit_lightning.options.prepare import PrepareOptions
-from gpdit_lightning.preparation.input_files import FileFormat, HashedValue, InputFile
+from gpdit_lightning.preparation.input_files import InputFile
+from gpdit_lightning.preparation.record_formats import COPY_AGAIN, PartResult, RecordedFile
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import (
     CONTENT_HASH,
-    COUNT,
-    LIST,
     MAX_JSON_BYTES,
     OBJECT,
     TEXT,
-    Constraint,
     check,
     check_content_hash,
     content_hash,
-    one_of,
     parse_json,
 )
 from gpdit_lightning.specs import CodecSpec
@@ -54,97 +49,8 @@ log = logging.getLogger(__name__)
 
 FOLDER_NAME = "preparation"
 USE_ANOTHER_FOLDER = "give another --out or delete that folder"
-COPY_AGAIN = "copy it again, or give another --out"
 LOCK_RETRY_SECONDS = 0.1
 PART_FILE = re.compile(r"part-(\d{5})(\.sources\.jsonl|\.json)")
-
-TEXTS = Constraint("a list of strings", lambda value: isinstance(value, list) and all(map(TEXT.accepts, value)))
-SPLIT_OR_NULL = Constraint("train, validation or null", lambda value: value in ("train", "validation", None))
-FLAG = Constraint("true or false", lambda value: isinstance(value, bool))
-FILE_SCHEMA: dict[str, Any] = {
-    **{"name": TEXT, "kind": one_of(*get_args(Kind)), "split": SPLIT_OR_NULL, "bytes": COUNT},
-    **{"place": TEXT, "reason": TEXT},
-}
-OPTIONAL_FILE_SCHEMA: dict[str, Any] = {"hashed": one_of(*get_args(HashedValue)), "is_tar": FLAG}
-LEFT_OUT_SCHEMA: dict[str, Any] = {"source": TEXT, "reason": TEXT}
-RESULT_SCHEMA: dict[str, Any] = {
-    **{"shards": LIST, "used": dict.fromkeys(get_args(Split), COUNT), "labels": TEXTS},
-    **{"skipped": LIST, "lost": TEXTS},
-}
-
-
-@dataclass(frozen=True)
-class PartResult:
-    """Result of encoding a part."""
-
-    shards: tuple[ShardEntry, ...]
-    used: dict[str, int]
-    """Number of videos and images with samples, by split."""
-    labels: tuple[str, ...]
-    """Labels of the samples, sorted."""
-    skipped: tuple[LeftOut, ...]
-    """Every input file, or image in a tar, that could not be used."""
-    notes: tuple[LeftOut, ...]
-    """Remarks on input files and images that were used. Records of older versions have them among the skipped ones."""
-    without_samples: tuple[str, ...]
-    """Names of the input files that have no samples."""
-
-
-@dataclass(frozen=True)
-class RecordedFile:
-    """Record of an input file."""
-
-    name: str
-    kind: Kind
-    """Kind of its samples."""
-    split: Split | None
-    """None for a tar whose images have a split each."""
-    bytes: int
-    path_hash: str
-    reason: str
-    hashed: HashedValue = "name"
-    """For a tar: what is hashed to hold out its images. Records of older versions lack it."""
-    is_tar: bool = False
-
-    @property
-    def format(self) -> FileFormat:
-        """The format of the file."""
-        return "tar" if self.is_tar else "video" if self.kind == "video" else "image"
-
-    @classmethod
-    def from_input_file(cls, file: InputFile) -> "RecordedFile":
-        """Return the record of an input file."""
-        return cls(
-            file.name, file.kind, file.split, file.bytes, file.path_hash, file.reason, file.hashed, file.format == "tar"
-        )
-
-    @classmethod
-    def from_json(cls, line: "builtins.bytes", name: str) -> "RecordedFile":
-        """Parse a line of `part-*.sources.jsonl`; `name` is that of the line in messages."""
-        values = check(parse_json(line, name, COPY_AGAIN), FILE_SCHEMA, "", name, COPY_AGAIN)
-        check(values, {key: OPTIONAL_FILE_SCHEMA[key] for key in values.keys() - FILE_SCHEMA}, "", name, COPY_AGAIN)
-        is_tar = values.pop("is_tar", values["split"] is None)  # older versions: tars have no split
-        return cls(path_hash=values.pop("place"), is_tar=is_tar, **values)
-
-    def to_json(self) -> str:
-        """Return the line of `part-*.sources.jsonl` for this file."""
-        values = asdict(self)
-        values["place"] = values.pop("path_hash")
-        if self.split is not None:  # images are not held out by a hash
-            del values["hashed"]
-        if self.is_tar == (self.split is None):
-            del values["is_tar"]
-        return json.dumps(values, ensure_ascii=False)
-
-    def input_file(self, current: InputFile | None) -> InputFile:
-        """Return the file to encode, with the recorded split.
-
-        Args:
-            current: current input file of this name; if None, reading the returned file reports that it is missing.
-        """
-        if current is None:
-            return InputFile(Path(self.name), self.name, self.format, self.split, self.bytes, hashed=self.hashed)
-        return replace(current, split=self.split, reason=self.reason, hashed=self.hashed)
 
 
 class PartLock(NamedTuple):
@@ -265,25 +171,7 @@ class Records:
     def result(self, part: int) -> PartResult:
         """Return the result of a finished part; raises InputError if it is damaged or that of another part."""
         path = self._result_path(part)
-        content = check(_read(path, self._has_hashes), RESULT_SCHEMA, "", str(path), COPY_AGAIN)
-        if content.get("part", part) != part:
-            raise InputError(f"{path} is the result of part {content['part']}: {COPY_AGAIN}.")
-        shards = [
-            ShardEntry.from_dict(entry, f"shards[{number}]", str(path))
-            for number, entry in enumerate(content["shards"])
-        ]
-        for entry in shards:
-            named = SHARD_NAME.fullmatch(entry.path.removesuffix(".tar"))
-            if named is None or named["part"] != f"{part:05d}":
-                raise InputError(f"{path} lists {entry.path}, which is not of part {part}: {COPY_AGAIN}.")
-        return PartResult(
-            shards=tuple(shards),
-            used=content["used"],
-            labels=tuple(content["labels"]),
-            skipped=tuple(left_out(entry, str(path)) for entry in content["skipped"]),
-            notes=tuple(left_out(entry, str(path)) for entry in content.get("notes", ())),
-            without_samples=tuple(content["lost"]),
-        )
+        return PartResult.from_dict(_read(path, self._has_hashes), part, str(path))
 
     def check_parts(self) -> None:
         """Check the lists of all parts, and remove results that are damaged or whose shards are missing.
@@ -341,12 +229,8 @@ class Records:
 
     def record_result(self, part: int, result: PartResult) -> None:
         """Record the result of a part whose shards are all complete."""
-        values = asdict(result)
-        values |= {name: [entry.to_json() for entry in getattr(result, name)] for name in ("skipped", "notes")}
-        values["shards"] = [shard.to_dict() for shard in result.shards]
-        values["lost"] = values.pop("without_samples")
         with atomic_write(self._result_path(part)) as temporary:
-            content = _with_hash({"part": part} | values)
+            content = _with_hash(result.to_dict(part))
             temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
     @contextmanager
@@ -393,13 +277,6 @@ class Records:
 
     def _result_path(self, part: int) -> Path:
         return self.folder / f"part-{part:05d}.json"
-
-
-def left_out(content: Any, name: str) -> LeftOut:
-    """Return the entry of a JSON object of `LeftOut.to_json`; raises InputError, with `name`, if it is invalid."""
-    values = check(content, LEFT_OUT_SCHEMA, "", name, COPY_AGAIN)
-    retry = check(values.get("retry", False), FLAG, "retry", name, COPY_AGAIN)
-    return LeftOut(values["source"], values["reason"], retry)
 
 
 def _with_hash(content: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,8 @@ from gpdit_lightning.preparation.input_files import (
 from gpdit_lightning.preparation.inspection.lookup import Match, look_up
 from gpdit_lightning.preparation.inspection.reasons import Sample, explain_frames, explain_size
 from gpdit_lightning.preparation.prepare import INPUT_OPTIONS
-from gpdit_lightning.preparation.records import FOLDER_NAME, PartResult, RecordedFile, Records
+from gpdit_lightning.preparation.record_formats import PartResult, RecordedFile
+from gpdit_lightning.preparation.records import FOLDER_NAME, Records
 from gpdit_lightning.preparation.summary import read_left_out
 from gpdit_lightning.preparation.tars import containing_file, iterate_samples
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.names import as_text
 from gpdit_lightning.preparation.input_files import hash_path
-from gpdit_lightning.preparation.records import RecordedFile, Records
+from gpdit_lightning.preparation.record_formats import RecordedFile
+from gpdit_lightning.preparation.records import Records
 
 MAX_NAMES_SHOWN = 10  # in the message for an ambiguous query
 
