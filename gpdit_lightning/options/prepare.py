@@ -140,7 +140,7 @@ class ClipOptions(OptionRecord):
     """cut: use the frames of a damaged video before the damage. drop: use no frame of it; each video is then decoded
     twice."""
     avoid_cuts: bool = False
-    """Make no clip that crosses a hard cut; needs PySceneDetect (pip install -e '.[shots]')."""
+    """Make no clip that crosses a hard cut; needs PySceneDetect (pip install 'gpdit_lightning[shots]')."""
     video_sizes: Sequence[str] = ("192x320",)
     """HEIGHTxWIDTH in pixels. Each video is scaled and cropped to the size with the closest aspect ratio."""
     image_sizes: Sequence[str] = ("256x256", "192x320", "320x192")
@@ -190,8 +190,8 @@ class ProcessOptions(DeviceOptions):
     batch_size: int = 4
     """Clips or images per encoding batch."""
     ray: bool = False
-    """Encode on a Ray cluster (RAY_ADDRESS, else this machine), one process per GPU; needs Ray (pip install -e
-    '.[ray]')."""
+    """Encode on a Ray cluster (RAY_ADDRESS, else this machine), one process per GPU; needs Ray (pip install
+    'gpdit_lightning[ray]')."""
 
 
 @dataclass(frozen=True, kw_only=True)

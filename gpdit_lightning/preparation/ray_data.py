@@ -49,7 +49,7 @@ def encode_parts_by_ray(options: PrepareOptions, records: Records, files: Sequen
         import ray
         import ray.data
     except ImportError as error:
-        raise InputError(f"Ray cannot be imported ({error}): pip install -e '.[ray]'.") from None
+        raise InputError(f"Ray cannot be imported ({error}): pip install 'gpdit_lightning[ray]'.") from None
     ray.init(ignore_reinit_error=True)
     parts = records.unfinished_parts
     if not parts:

@@ -21,7 +21,7 @@ def check_available() -> None:
         import scenedetect  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"PySceneDetect, which detects cuts, cannot be imported ({error}): pip install -e '.[shots]'."
+            f"PySceneDetect, which detects cuts, cannot be imported ({error}): pip install 'gpdit_lightning[shots]'."
         ) from None
 
 
