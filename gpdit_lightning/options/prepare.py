@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.options.shared import DeviceOptions, OptionRecord, check_at_least, check_is_utf8
+from gpdit_lightning.options.shared import (
+    MAX_COUNT,
+    DeviceOptions,
+    OptionRecord,
+    check_at_least,
+    check_at_most,
+    check_is_utf8,
+)
 
 INTERLEAVED_FILES = 16
 """Number of input files that are read in turn. It determines the order of samples, for any number of processes."""
@@ -212,6 +219,7 @@ class PrepareOptions(
         super().__post_init__()
         check_at_least(self, stride=1, clip_frames=1, shard_size=1, part_size=1, batch_size=1, workers=0)
         check_at_least(self, clips_per_video=1, clip_step=1)
+        check_at_most(self, part_size=MAX_COUNT)
         if self.fps is not None and not 0 < self.fps <= MAX_FPS:
             raise InputError(f"--fps is {self.fps}: give frames per second, above 0 and at most {MAX_FPS}.")
         if not 1 <= self.shortest_clip <= self.clip_frames:

@@ -62,6 +62,7 @@ def test_options_of_every_type_refuse_hostile_values_in_one_clear_sentence() -> 
         ("features", ["--checkpoint=m", "--videos=v", "--out=o"], "workers", (str(2**62),)),
         ("probe", ["--checkpoint=m", "--videos=v", "--out=o"], "workers", (str(2**62),)),
         ("prepare-pairs", ["--sources=s", "--out=o"], "sequences", (str(2**62),)),
+        ("prepare", ["--videos=v", "--out=o"], "part_size", (str(2**62),)),
         ("ablate", ["--config=r.yaml", "--arms={a: {}}", "--out=o"], "seeds", ("[-1]", "[4294967296]", "[1, 1]")),
     ],
 )
