@@ -87,6 +87,8 @@ def test_inverse_task_swaps_source_and_target() -> None:
 def test_missing_opencv_is_reported_with_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     for task in (edges, sketch):
-        with pytest.raises(InputError, match=r"OpenCV.* cannot be imported .*: pip install -e '\.\[edges\]'\.$"):
+        with pytest.raises(
+            InputError, match=r"OpenCV.* cannot be imported .*: pip install 'gpdit_lightning\[edges\]'\.$"
+        ):
             task(step(100))
     grayscale(step(100))

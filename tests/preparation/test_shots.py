@@ -114,7 +114,9 @@ def test_frames_are_in_memory_one_at_a_time() -> None:
 def test_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scenedetect", None)
     for use in (check_available, lambda: next(mark_cuts([]))):
-        with pytest.raises(InputError, match=r"PySceneDetect.* cannot be imported .*pip install -e '\.\[shots\]'"):
+        with pytest.raises(
+            InputError, match=r"PySceneDetect.* cannot be imported .*pip install 'gpdit_lightning\[shots\]'"
+        ):
             use()
 
 
