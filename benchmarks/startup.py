@@ -1,4 +1,4 @@
-"""`python -m benchmarks.startup`: time to the first step, and host memory of a rank until then, under FSDP2 on a CPU.
+"""`python -m benchmarks.startup`: time to the first step, and host memory of a rank until then, on CPU ranks.
 
 The backbone has the layers of GPDiT-H at a smaller width. It is built in two ways: every rank builds the whole model,
 as with a custom `configure_model`, or it is built on the meta device and each rank fills its shards. The weights are
@@ -7,8 +7,11 @@ and the first batch; seconds are those of the slowest rank.
 """
 
 import argparse
+import importlib
 import tempfile
 import time
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,14 @@ from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from gpdit_lightning.training.strategies.fsdp import FSDP2
+from gpdit_lightning.training.strategies.sharding import ShardedStrategy
+from gpdit_lightning.training.strategies.zero import ZeRO
+
+STRATEGIES: dict[str, Callable[[], ShardedStrategy]] = {
+    "fsdp2": FSDP2,
+    "zero2": lambda: ZeRO(stage=2),
+    "zero3": lambda: ZeRO(stage=3),
+}
 
 
 class WholeModelStage(GPDiTStage):
@@ -51,12 +62,20 @@ def resident(name: str) -> float:
 
 
 def start(
-    rank: int, ranks: int, folder: Path, config: GPDiTConfig, stage: type[GPDiTStage], resumes: bool
+    rank: int,
+    ranks: int,
+    folder: Path,
+    strategy: str,
+    config: GPDiTConfig,
+    stage: type[GPDiTStage],
+    resumes: bool,
 ) -> dict[str, list[float]]:
     """Start a training, and train a step; return the seconds and bytes of this rank."""
+    if strategy.startswith("zero"):
+        importlib.import_module("deepspeed")  # else its memory and time would count
     first, resumed = AtFirstBatch(), folder / "run/checkpoints/step-1.ckpt"
     trainer = Trainer(
-        strategy=FSDP2(),
+        strategy=STRATEGIES[strategy](),
         max_steps=2 if resumes else 1,
         callbacks=[EMA(), first, RunCheckpoint(keep_last=2)],
         **trainer_settings(ranks, folder),
@@ -73,22 +92,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
     options = parser.parse_args()
     config = GPDiTConfig.preset("H", width=options.width, mlp_width=4 * options.width, heads=8, latent_channels=4)
     parameters = parameter_count(config)
     print(f"{config.layers} layers, {parameters:,} parameters, {4 * parameters / MIB:.0f} MiB in float32")
-    print("| ranks | weights | built | seconds to the first batch | MiB per rank |")
-    print("|---" * 5 + "|")
+    print("| strategy | ranks | weights | built | seconds to the first batch | MiB per rank |")
+    print("|---" * 6 + "|")
     ways = {"whole": WholeModelStage, "by shards": GPDiTStage}
-    for ranks in options.ranks:
+    for strategy, ranks in product(options.strategies, options.ranks):
         with tempfile.TemporaryDirectory() as root:
             for weights, resumes in (("random", False), ("of a checkpoint", True)):
                 for built, stage in ways.items():
                     folder = Path(root, built)
                     folder.mkdir(exist_ok=True)
-                    found = on_ranks(folder, ranks, start, config, stage, resumes)
+                    found = on_ranks(folder, ranks, start, strategy, config, stage, resumes)
                     seconds, size = (max(of_rank[name][0] for of_rank in found) for name in ("seconds", "bytes"))
-                    print(f"| {ranks} | {weights} | {built} | {seconds:.1f} | {size / MIB:.0f} |", flush=True)
+                    row = (strategy, ranks, weights, built, f"{seconds:.1f}", f"{size / MIB:.0f}")
+                    print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 
 if __name__ == "__main__":
