@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import gc
+import logging
 import math
 import os
 import shutil
@@ -52,6 +53,14 @@ def pytest_collection_finish() -> None:
     """Exclude the imported modules and the tests, which remain until the end, from garbage collections."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _log_as_imported() -> None:
+    """Reset the package's logger, which an earlier test of the command line has configured; `caplog` needs it."""
+    log = logging.getLogger("gpdit_lightning")
+    log.handlers, log.propagate = [], True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -54,12 +54,6 @@ def skip_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-@pytest.fixture(autouse=True)
-def propagate_logs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An earlier test of the command line may have turned propagation off, which `caplog` needs."""
-    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "propagate", True)
-
-
 # Complete checkpoints
 
 

@@ -396,7 +396,6 @@ def test_output_without_a_reader_ends_quietly(verb: list[str]) -> None:
 
 def test_log_messages_follow_a_replaced_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a notebook or a test that captures the output of each call of `main`."""
-    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "handlers", [])
     for text in ("first", "second"):
         stream = io.StringIO()
         monkeypatch.setattr(sys, "stderr", stream)

@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,12 +102,11 @@ def finished(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
-def messages(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Messages that the verb logs; the logger of the package does not propagate to that of pytest."""
-    logger = logging.getLogger("gpdit_lightning")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
+def messages(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """Messages that the verb logs; with a handler, the command line leaves the logger of the package as it is."""
+    logging.getLogger("gpdit_lightning").addHandler(logging.NullHandler())
+    caplog.set_level(logging.INFO, "gpdit_lightning")
+    return caplog
 
 
 @pytest.mark.parametrize(("latent_frames", "lengths"), [(5, (5, 12)), (3, (5, 4)), (2, (1, 4))])

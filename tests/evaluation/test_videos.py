@@ -117,10 +117,7 @@ def test_too_few_long_enough_videos_are_refused(video: Path) -> None:
         select_videos([folder / "one", folder / "two"], 1, 0, frames=11)
 
 
-def test_damaged_and_short_videos_are_named(
-    video: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "propagate", True)
+def test_damaged_and_short_videos_are_named(video: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "several"
     folder.mkdir()
     for name in ("a.mp4", "b.mp4"):

@@ -75,10 +75,7 @@ def test_a_whole_clip_is_generated_without_context() -> None:
             pipeline(given, frames=4, **STEPS)
 
 
-def test_contexts_that_cut_a_block_are_refused_or_shortened(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "propagate", True)  # the command line disables it
+def test_contexts_that_cut_a_block_are_refused_or_shortened(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     pipeline = pipeline_of(6, block_shape=(2, 0, 0))
     with pytest.raises(InputError, match=r"--context_frames is 9, and its 3 latent frames .* give 5 or 13"):

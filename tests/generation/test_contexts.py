@@ -93,13 +93,10 @@ def test_without_start_the_last_frame_of_the_video_is_in_the_context(
         read_one(tmp_path / "short.mp4", codec)
 
 
-def test_seconds_are_those_of_the_time_stamps(
-    tmp_path: Path, codec: Codec, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_seconds_are_those_of_the_time_stamps(tmp_path: Path, codec: Codec, caplog: pytest.LogCaptureFixture) -> None:
     """A video of 10 frames per second for one second, then of 30."""
     times = [number / 10 for number in range(10)] + [1 + number / 30 for number in range(30)]
     path = write_timed(tmp_path / "video.mp4", times)
-    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "propagate", True)  # the command line disables it
     context = read_one(path, codec, start=1.1)
     assert gray_numbers(context.pixels) == [13, 16, 19, 22, 25]
     assert context.fps == 10
@@ -134,10 +131,8 @@ def test_a_context_may_be_as_short_as_its_video(shards: Path, tmp_path: Path, co
 
 
 def test_unusable_contexts_are_named_and_the_others_are_used(
-    unusable: Path, codec: Codec, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    unusable: Path, codec: Codec, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "propagate", True)  # the command line disables it
-    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "handlers", [])  # that an earlier test has left
     sources = [str(unusable / name) for name in ("few", "text.mp4", "short.mp4", "text.png")]
     assert [context.name for context in read_contexts(sources, SETTINGS, codec)] == ["short"]
     warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]

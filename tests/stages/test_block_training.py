@@ -1,6 +1,5 @@
 """Training with blocks that are not frames: objective, data, resumption, previews, and data that do not fit."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,12 +264,10 @@ def test_scores(
     shards: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
     fields: dict[str, Any],
     context: int,
 ) -> None:
     """Of the frames after whole blocks; a clip that is one block has scores by networks only."""
-    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "propagate", True)  # the command line disables it
     scores = Scores(every_steps=1, clips=3, chunk=2, context_frames=1, sampler_steps=2)
     callbacks = [scores, EMA(), RunCheckpoint()]
     fit(stage_of(config_of(**fields)), data_of(shards, "videos", {}), tmp_path, 1, callbacks)
