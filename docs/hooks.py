@@ -4,6 +4,7 @@ See https://www.mkdocs.org/user-guide/configuration/#hooks.
 """
 
 import argparse
+import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,7 +89,13 @@ def options_of_fit() -> Iterator[str]:
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Show links to files outside the site as their paths: the site does not depend on where the project is hosted."""
-    return re.sub(r"\[([^\]]*)\]\((?:\.\./)+([^)#\s]+)[^)]*\)", r"\1 (`\2`)", markdown)
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def shown(link: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join("docs", folder, link[2]))
+        return link[0] if target.startswith("docs/") else f"{link[1]} (`{target}`)"
+
+    return re.sub(r"\[([^\]]*)\]\(((?:\.\./)+[^)#\s]+)[^)]*\)", shown, markdown)
 
 
 def on_page_content(html: str, **_: object) -> str:

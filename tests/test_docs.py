@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -89,6 +90,23 @@ def test_links_and_images_exist(document: Path) -> None:
         path, _, heading = target.partition("#")
         assert not path or path in GENERATED or (document.parent / path).is_file(), target
         assert path or heading in headings, target
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "shown"),
+    [
+        ("tutorials/first.md", "[data](../data.md#labels)", "[data](../data.md#labels)"),
+        ("tutorials/first.md", "[a recipe](../../recipes/base.yaml)", "a recipe (`recipes/base.yaml`)"),
+        ("scaling.md", "[a job](../recipes/slurm.sbatch#head)", "a job (`recipes/slurm.sbatch`)"),
+        ("scaling.md", "[data](data.md)", "[data](data.md)"),
+    ],
+)
+def test_the_site_keeps_links_between_its_pages(page: str, link: str, shown: str) -> None:
+    pytest.importorskip("mkdocs")
+    from docs import hooks
+
+    at = SimpleNamespace(file=SimpleNamespace(src_uri=page))
+    assert hooks.on_page_markdown(f"See {link}.", page=at) == f"See {shown}."
 
 
 def test_every_image_is_used() -> None:

@@ -41,7 +41,9 @@ def estimate(options: EstimateOptions) -> None:
         cluster = described_cluster(options)
     speed = f"{cluster.flops_per_s / 1e12:.3g} TFLOP/s"
     if not (options.measure or options.tflops):
-        speed = f"{options.mfu:.0%} of {known_gpu(options.gpu).flops / 1e12:.0f} TFLOP/s (dense bf16)"
+        gpu = known_gpu(options.gpu)
+        peak = f"{gpu.flops / 1e12:.0f} TFLOP/s ({gpu.name} in dense bf16; --measure uses this machine's speed)"
+        speed = f"{options.mfu:.0%} of {peak}"
     print(report(recipe, options.gpu_memory * GIB, cluster, speed))
     if options.scaling:
         print(f"\n{scaling_table(recipe.run, cluster, options.scaling)}")
