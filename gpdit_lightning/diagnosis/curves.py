@@ -130,7 +130,8 @@ def read_curves(run_dir: Path) -> RunCurves:
     for tag in events.Tags()["scalars"]:
         points = {event.step: event.value for event in events.Scalars(tag)}
         steps = sorted(points)
-        curves[tag] = Curve(tuple(steps), tuple(points[step] for step in steps))
+        if steps:  # a resumed run purges the points after its checkpoint, which may be all of a tag
+            curves[tag] = Curve(tuple(steps), tuple(points[step] for step in steps))
     if not curves:
         raise InputError(
             f"the event files in {folder} have no curves yet: wait for the first step of training, which logs the "

@@ -223,6 +223,15 @@ def test_of_a_run_of_another_size_the_falls_are_compared(tag: str, reference: Re
     assert [finding.heading for finding in flat.findings] == ["loss-plateaus-at-1"]
 
 
+def test_a_tag_whose_points_were_all_purged_is_no_curve(
+    tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", recipe(tiny_shards), last=50)
+    write_run(run, recipe(tiny_shards), first=40, last=40)  # resumed before the first validation was logged again
+    assert read_curves(run).curves.keys() == HEALTHY.keys()
+    assert "step 40, 2 event files" in diagnose(run, capsys=capsys)
+
+
 def test_a_file_of_a_reference_holds_all_that_is_compared(
     references: list[str], tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
