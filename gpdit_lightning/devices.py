@@ -111,11 +111,14 @@ def available_device(name: str) -> "torch.device":
     if name == "auto":
         return torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"the device {name!r} cannot be used ({str(error).splitlines()[0]}): try cpu or cuda."
         ) from None
+    if device.type == "meta":
+        raise InputError("the device 'meta' stores no values: try cpu or cuda.")
+    return device
 
 
 def has_bf16(device: "torch.device") -> bool:

@@ -145,7 +145,7 @@ class ServerThread:
 async def _listen(runner: web.AppRunner, options: AppOptions) -> None:
     try:
         await web.TCPSite(runner, options.host, options.port).start()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last of a name that no host can have
         number = getattr(error, "errno", None) or 0
         reason = os.strerror(number) if number > 0 else str(error)  # the numbers of unknown names are negative
         raise InputError(

@@ -286,12 +286,18 @@ def stages_of(chain: Path) -> list[Path]:
     """Return the recipes that a chain lists, relative to its file.
 
     Raises:
-        InputError: it lists none.
+        InputError: it lists none, or has other fields.
     """
-    stages = read_yaml(chain).get("stages")
+    content = read_yaml(chain)
+    stages = content.get("stages")
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, str) for stage in stages):
         raise InputError(
             f"{chain} is not a chain: it needs a list of recipes under `stages`; for one recipe use `fit`."
+        )
+    if others := sorted(str(name) for name in content.keys() - {"stages"}):
+        raise InputError(
+            f"{chain} has {', '.join(others)} beside stages, which no stage uses: give the settings of all stages in "
+            "an overlay (--config) or as options."
         )
     return [chain.parent / recipe_path(stage) for stage in stages]
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ from gpdit_lightning.schema import MAX_JSON_BYTES, SIZE, check, parse_json
 VERSION = 2  # of the videos and the codec: data and models of other versions do not fit
 VIDEOS, HELD_OUT_VIDEOS, SEED = 1200, 64, 0
 FRAME_SIZE = "64x64"
+RECORD = "demo.json"  # in the run folder: which demo it holds
 CLIP, SHORTEST_CLIP = 21, 17  # frames at the training stride
 CONTEXT = 9  # context frames of a clip; the others are generated
 PAIRS, HELD_OUT_PAIRS = 40, 4
@@ -56,10 +58,12 @@ def demo(options: DemoOptions) -> None:
     """Prepare data, train four stages, generate, and print the paths of the results."""
     run_dir = options.run_dir
     check_run_dir(run_dir, options.videos)
+    if options.videos:
+        files = list_input_files(video_options(run_dir, options.videos))
+        check_splits(options.videos, {str(file.split) for file in files}, "")
+    record_demo(run_dir, options.videos)
     print("1/3  videos -> latents")
     videos = video_options(run_dir, options.videos)
-    if options.videos:
-        check_splits(options.videos, {str(file.split) for file in list_input_files(videos)}, "")
     manifest = prepare(videos)
     if manifest is None:
         raise InputError(f"another process prepares {videos.out}: wait for it, or give another --run_dir.")
@@ -89,29 +93,38 @@ def demo(options: DemoOptions) -> None:
 
 
 def check_run_dir(run_dir: Path, videos: Path | None) -> None:
-    """Record in a new run folder which demo it holds.
+    """Check that a run folder is new or holds this demo.
 
     Raises:
         InputError: the folder holds a demo of another version, or of other videos.
     """
     cure = "remove that folder, or give another --run_dir"
-    record = run_dir / "demo.json"
-    demo_of_run = {"version": VERSION, "videos": str(videos.resolve()) if videos else None}
+    record = run_dir / RECORD
     if record.exists():
         found = parse_json(read_bounded(record, MAX_JSON_BYTES), str(record), cure)
         check(found, {"version": SIZE}, "", str(record), cure)
     elif any((run_dir / name).exists() for name in ("movies", "images", "latents")):
         found = {"version": 1}
     else:
-        with atomic_write(record) as path:
-            path.write_text(json.dumps(demo_of_run), encoding="utf-8")
         return
     if found["version"] != VERSION:
         raise InputError(f"{run_dir} holds a demo that was begun by another version of this package: {cure}.")
-    if found != demo_of_run:
+    if found != recorded(videos):
         raise InputError(
             f"{run_dir} holds the demo of {found['videos'] or 'the digits'}, not of {videos or 'the digits'}: {cure}."
         )
+
+
+def record_demo(run_dir: Path, videos: Path | None) -> None:
+    """Record in a new run folder which demo it holds."""
+    if not (run_dir / RECORD).exists():
+        with atomic_write(run_dir / RECORD) as path:
+            path.write_text(json.dumps(recorded(videos)), encoding="utf-8")
+
+
+def recorded(videos: Path | None) -> dict[str, Any]:
+    """Return the record of the demo of a folder of videos, or of the digits."""
+    return {"version": VERSION, "videos": str(videos.resolve()) if videos else None}
 
 
 def check_splits(videos: Path, splits: Collection[str], kind: str) -> None:

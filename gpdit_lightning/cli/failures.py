@@ -23,7 +23,7 @@ CURES: dict[int, str] = {
     **dict.fromkeys(DISK_FULL_ERRORS, "free some space, or choose another location"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR), "choose another location"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "use fewer workers, or raise the limit of open files (ulimit -n)"),
-    **dict.fromkeys((errno.ENOENT, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP), "give another path"),
+    **dict.fromkeys((errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP), "give another path"),
     **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), "check its disk or the network"),
     **dict.fromkeys((errno.EAGAIN, errno.ENOMEM), "use fewer workers, or raise the limits of memory and processes"),
 }

@@ -71,7 +71,10 @@ def parse(verb: str, description: str, record: type[Record], arguments: Sequence
     # The values of a recipe may be interpolations, and those of a printed configuration are shown as they are.
     is_literal = not issubclass(record, RecipeOptions) and not any(word.startswith("--print") for word in of_verb)
     names = LiteralNames() if is_literal else None
-    values = parser.instantiate(parser.parse_args(normalized(of_verb, record, names)))
+    parsed = parser.parse_args(normalized(of_verb, record, names))
+    # Left out below, where jsonargparse would create the classes that a mapping names.
+    mappings = {name: parsed.pop(name) for name in option_names(record) if isinstance(parsed.get(name), dict)}
+    values = {**parser.instantiate(parsed).as_dict(), **_without_namespaces(mappings)}
     if any(word.startswith("--print_config") for word in recipe.get("overrides", ())):
         options = Namespace({name: values[name] for name in option_names(record)})
         print(parser.dump(options, skip_none=False) if options else "", end="")  # the recipe's follow
@@ -79,6 +82,15 @@ def parse(verb: str, description: str, record: type[Record], arguments: Sequence
     for name in option_names(record):
         check_values(f"--{name}", given[name])
     return record(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def _without_namespaces(value: Any) -> Any:
+    """Return a value with dicts in the place of the namespaces that jsonargparse makes of dicts with a `class_path`."""
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    if isinstance(value, dict):
+        return {name: _without_namespaces(item) for name, item in value.items()}
+    return [_without_namespaces(item) for item in value] if isinstance(value, list) else value
 
 
 def _options_in_files(recipes: Sequence[str], record: type[Any]) -> list[str]:

@@ -26,7 +26,14 @@ from gpdit_lightning.data.held_out import HeldOutPass
 from gpdit_lightning.data.manifest import Manifest, Split
 from gpdit_lightning.data.order_record import UNRECORDED_DEFAULTS, check_order
 from gpdit_lightning.data.plan import Plan, PlannedSource, Sampling
-from gpdit_lightning.data.selection import and_list, load_manifest, no_source_error, select_sources, sources_of_run
+from gpdit_lightning.data.selection import (
+    and_list,
+    load_manifest,
+    log_repeated,
+    no_source_error,
+    select_sources,
+    sources_of_run,
+)
 from gpdit_lightning.data.source import KINDS, SourceConfig, SourceName
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.randomness import TRAIN_NOISE, VALIDATION_NOISE
@@ -288,11 +295,13 @@ class LatentDataModule(LightningDataModule):
     def _log_selection(
         self, configs: Mapping[str, SourceConfig], allowed: Sequence[str], left_out: Mapping[str, str]
     ) -> None:
-        """Log a line for each source on which the stage trains but this run does not, and for unused manifests."""
+        """Log lines for sources on which the stage trains but this run does not, and for repeated or unused data."""
         used = and_list([f"data.{name}" for name in self.configs])
         for name, reason in left_out.items():
             if allowed or reason.startswith("data."):
                 log.info("training uses %s without data.%s, since %s", used, name, reason)
+        for name, manifests in self.manifests.items():
+            log_repeated(f"data.{name}.manifests", manifests)
         for name, config in configs.items():
             if config.manifests and allowed and name not in allowed:
                 log.info("data.%s.manifests is not used, since this stage trains on %s", name, used)

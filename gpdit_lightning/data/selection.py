@@ -1,5 +1,7 @@
 """The sources of data that a run uses: those that its stage trains on and for which there are samples."""
 
+import logging
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +10,8 @@ from typing import Any
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest, MissingManifestError
 from gpdit_lightning.data.source import KINDS, SourceConfig
 from gpdit_lightning.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def select_sources(
     Raises:
         InputError: an option of a source is invalid, or a folder of `data_dir` has no manifest or a broken one.
     """
-    shared = {path: load_manifest(path, "data_dir", allowed or KINDS, check_files=False) for path in data_dir}
+    shared = load_data_dir(data_dir, allowed or KINDS, check_files=False)
     used, left_out = dict[str, SourceConfig](), dict[str, str]()
     for name, config in configs.items():
         config.check(name)
@@ -119,6 +123,52 @@ def load_manifest(path: str, option: str, sources: Collection[str], check_files:
         inside = [str(found.parent) for found in sorted(Path(path).glob(f"*/{FILE_NAME}"))] if "://" not in path else []
         cure = f"give --data_dir {' '.join(inside)}" if inside else how_to_prepare(sources)
         raise InputError(f"{option} is {path}, which has no {FILE_NAME}: {cure}.") from None
+
+
+def load_data_dir(paths: Sequence[str], sources: Collection[str], check_files: bool = True) -> dict[str, Manifest]:
+    """Load the manifests of `data_dir` by their paths.
+
+    Data that several paths lead to, in any spelling or as copies, are loaded by the first path only, which is logged.
+
+    Args:
+        paths: the folders, or their manifests.
+        sources: as for :func:`load_manifest`.
+        check_files: as for `Manifest.load`.
+
+    Raises:
+        InputError: a manifest does not exist or cannot be used.
+    """
+    loaded, first_paths = dict[str, Manifest](), dict[str, str]()
+    for path in paths:
+        manifest = load_manifest(path, "data_dir", sources, check_files)
+        first = first_paths.setdefault(manifest.fingerprint(), path)
+        if first in loaded:
+            log.info("data_dir gives the same data as %s and as %s: they are used once.", first, path)
+        else:
+            loaded[path] = manifest
+    return loaded
+
+
+def log_repeated(option: str, manifests: Sequence[Manifest]) -> None:
+    """Log a line for data that the manifests of a source give several times, since their samples then have more weight.
+
+    Args:
+        option: the name of the option that lists the manifests.
+        manifests: the manifests in the order of the option.
+    """
+    paths = defaultdict[str, list[str]](list)
+    for manifest in manifests:
+        paths[manifest.fingerprint()].append(str(manifest.directory))
+    for same in paths.values():
+        if len(same) > 1:
+            log.info(
+                "%s gives the same data %d times (%s): each of their samples is used %d times in an epoch; give them "
+                "once unless they are to have this weight.",
+                option,
+                len(same),
+                and_list(list(dict.fromkeys(same))),
+                len(same),
+            )
 
 
 def how_to_prepare(sources: Collection[str], present: Sequence[Manifest] = ()) -> str:

@@ -15,7 +15,9 @@ from gpdit_lightning.files import BoundedReader
 FIRST_BOXES = (b"ftyp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"sidx")
 CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"moof", b"traf")
 EDIT_LIST = b"elst"
-COUNTED = {b"stsz": 8, b"stz2": 8, b"trun": 4, EDIT_LIST: 4}  # box -> position of the number of its entries
+TABLES = {b"stts": 8, b"ctts": 8, b"stsc": 12, b"stss": 4, b"stco": 4, b"co64": 8}  # box -> bytes of an entry
+# Box -> position of the number of its entries.
+COUNTED = {b"stsz": 8, b"stz2": 8, b"trun": 4, EDIT_LIST: 4} | dict.fromkeys(TABLES, 4)
 HEAD_BYTES = 16 + 8 + 4  # a box's length, kind and further length, and its number of entries
 MAX_EDITS = 1000  # of a track; each decodes frames again, at least from the last key frame
 MAX_REPEATED_SAMPLES = 50_000_000  # edits times samples of a track; FFmpeg's index of as many takes 1.2 GB
@@ -28,10 +30,12 @@ class _Counts:
     Attributes:
         samples: number of samples by the number of the track, counted from 0; of fragments under -1.
         edits: number of edits by the number of the track.
+        excess: kind, number of entries and length in bytes of a table with more entries than fit into it.
     """
 
     samples: Counter[int] = field(default_factory=Counter)
     edits: Counter[int] = field(default_factory=Counter)
+    excess: tuple[str, int, int] | None = None
 
 
 def check_mp4_header(path: Path) -> None:
@@ -40,7 +44,8 @@ def check_mp4_header(path: Path) -> None:
     Files of other formats are accepted, and what follows a damaged box is left to FFmpeg.
 
     Raises:
-        InputError: the file states more samples than it has bytes, or edits that repeat too many of them.
+        InputError: the file states more samples than it has bytes, edits that repeat too many of them, or more entries
+            of another table than fit into it.
     """
     with BoundedReader(path) as file:
         if file.read(8)[4:] not in FIRST_BOXES:
@@ -49,6 +54,9 @@ def check_mp4_header(path: Path) -> None:
         counts = _count(file, size)
     if (samples := counts.samples.total()) > size:
         raise InputError(f"{path} states {samples} samples in a file of {size} bytes: replace or remove it.")
+    if counts.excess:
+        kind, entries, length = counts.excess
+        raise InputError(f"{path} states {entries} entries in a table {kind} of {length} bytes: replace or remove it.")
     for track, edits in counts.edits.items():
         if edits > MAX_EDITS or (edits > 1 and edits * counts.samples[track] > MAX_REPEATED_SAMPLES):
             raise InputError(
@@ -78,8 +86,10 @@ def _count(file: BinaryIO, size: int) -> _Counts:
                 tracks += is_track
             elif kind in COUNTED:
                 place = body + COUNTED[kind]
-                (counts.edits if kind == EDIT_LIST else counts.samples)[track] += int.from_bytes(
-                    head[place : place + 4]
-                )
+                entries = int.from_bytes(head[place : place + 4])
+                if kind not in TABLES:
+                    (counts.edits if kind == EDIT_LIST else counts.samples)[track] += entries
+                elif entries * TABLES[kind] > stop - start:
+                    counts.excess = kind.decode(), entries, stop - start
             start = stop
     return counts

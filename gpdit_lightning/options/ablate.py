@@ -12,6 +12,11 @@ from gpdit_lightning.options.shared import MAX_SEED, RecipeOptions, check_at_lea
 Budget = Literal["steps", "flops", "time"]
 
 
+def _as_name(value: Any) -> str:
+    """Return the name of an arm as text: a number of YAML as it is written in JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AblateOptions(RecipeOptions):
     """Ablation.
@@ -48,6 +53,8 @@ class AblateOptions(RecipeOptions):
             )
         if not self.arms:
             raise InputError("--arms is empty: give the overrides of each arm by its name.")
+        # The names of a command line may be numbers of YAML.
+        self._set("arms", {_as_name(name): overrides for name, overrides in self.arms.items()})
         for name, overrides in self.arms.items():
             if not name or not all(c.isalnum() or c in " _.+=-" for c in name) or name[0] in " .":
                 raise InputError(

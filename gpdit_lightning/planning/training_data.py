@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gpdit_lightning.data.selection import load_manifest
+from gpdit_lightning.data.selection import load_data_dir
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.prepared import LatentShape, count_samples
 from gpdit_lightning.specs import CodecSpec
@@ -40,7 +40,8 @@ class TrainingData:
         Raises:
             InputError: a manifest cannot be read, there are no images or videos for training, or codecs differ.
         """
-        manifests = [load_manifest(folder, "data_dir", PLANNED) for folder in folders]
+        loaded = load_data_dir(folders, PLANNED)
+        manifests = list(loaded.values())
         first, *others = manifests
         for other in others:
             first.codec.check_same(other.codec, str(first.path), str(other.path), "prepare both with the same codec")
@@ -58,7 +59,7 @@ class TrainingData:
             )
             raise InputError(f"{listed} contains no images or videos for training: {cure}.")
         return cls(
-            folders=tuple(folders),
+            folders=tuple(loaded),
             codec=first.codec,
             samples=samples,
             held_out={name: count_samples(name, manifests, "validation") for name in samples},

@@ -356,6 +356,23 @@ def test_ctrl_c_ends_the_server_during_a_generation(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--guidance_levels=[1,0]", "guidance at noise levels from 1.0 to 0.0 is not a range"),
+        ("--sampler=os.system", "sampler 'os.system' is not a subclass of"),
+        ("--device=meta", "the device 'meta' stores no values: try cpu or cuda."),
+        (f"--host={'x' * 300}", "the page cannot be served at --host x"),
+        ("--host=caf\udce9", "the page cannot be served at --host caf"),
+    ],
+)
+def test_values_that_no_request_can_use_are_refused_at_the_start(
+    option: str, message: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["app", "--checkpoint", str(tiny_model), "--port=0", option]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+
+
 def test_an_address_in_use_is_named(client: Client, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     port = client.url.rpartition(":")[2]
     assert main(["app", "--checkpoint", str(tiny_model), "--port", port]) == 2

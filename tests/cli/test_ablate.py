@@ -199,6 +199,25 @@ def test_a_file_and_a_command_line_give_the_same_ablation(base: Path, tmp_path: 
     assert replace(restarted, config=by_file.config) == by_file
 
 
+def test_arms_may_have_numbers_as_names_and_classes_as_values(tmp_path: Path) -> None:
+    """Neither is changed before the recipe of the arm is parsed; no class is created."""
+    logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "x"}}
+    arms = {1: {}, 2: {"trainer": {"logger": logger, "callbacks": [logger]}}}
+    (tmp_path / "base.yaml").write_text("run_dir: x\n")
+    words = [
+        f"--config={tmp_path}/base.yaml",
+        f"--arms={yaml.safe_dump(arms, default_flow_style=True, width=1000)}",
+        "--out=out",
+    ]
+    options = parse("ablate", "", record_of("ablate"), words)
+    assert list(options.arms) == ["1", "2"]
+    given = options.arms["2"]["trainer"]
+    for found in (given["logger"], given["callbacks"][0]):
+        assert found["class_path"] == logger["class_path"]
+        assert found["init_args"]["save_dir"] == "x"
+    assert any("TensorBoardLogger" in word for word in options.command_line)
+
+
 @pytest.mark.parametrize("budget", ["flops", "time"])
 def test_budgets(base: Path, tmp_path: Path, budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of the base with twice as many clips has half as many steps."""

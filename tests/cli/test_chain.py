@@ -348,6 +348,14 @@ def test_a_file_without_a_list_of_stages_is_refused(
     assert "no.yaml is not a chain" in capsys.readouterr().err
 
 
+def test_settings_in_the_file_of_a_chain_are_refused(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No stage would use them."""
+    edited = chain.with_name("edited.yaml")
+    edited.write_text(chain.read_text() + "\nrun_dir: x\ntrainer: {max_steps: 1}\n")
+    assert main(["chain", "--config", str(edited)]) == 2
+    assert "edited.yaml has run_dir, trainer beside stages, which no stage uses" in capsys.readouterr().err
+
+
 def test_an_unknown_option_gets_the_nearest_option_of_fit(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chain", "--config", str(chain), "--trainer.max_stepz=3"]) == 2
     assert "did you mean --trainer.max_steps?" in capsys.readouterr().err

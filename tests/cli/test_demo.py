@@ -126,8 +126,10 @@ def test_rendered_digit_follows_the_path() -> None:
 
 
 def test_folder_without_videos_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--videos", str(tmp_path), "--run_dir", str(tmp_path / "demo")]) == 2
-    assert str(tmp_path) in capsys.readouterr().err
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert main(["demo", "--videos", str(folder), "--run_dir", str(tmp_path / "demo")]) == 2
+        assert str(folder) in capsys.readouterr().err
+        assert not (tmp_path / "demo").exists()  # so that the run folder can be used with the right one
 
 
 @pytest.mark.slow

@@ -404,6 +404,26 @@ def test_a_manifest_without_samples_of_the_kind_is_rejected(tmp_path: Path, writ
         LatentDataModule(videos=source(videos, images))
 
 
+def test_repeated_data_are_announced(tmp_path: Path, write_shards: Shards, caplog: pytest.LogCaptureFixture) -> None:
+    """Two spellings, a link and a copy give the same data: once by `data_dir`, as often as listed by `manifests`."""
+    folder = write_shards(tmp_path / "a", {VIDEO: 4}).directory
+    other = write_shards(tmp_path / "b", {VIDEO: 5}).directory
+    (tmp_path / "link").symlink_to(folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    same = [str(folder), f"{folder}/", f"{tmp_path}/b/../a/manifest.json", str(tmp_path / "link"), f"{tmp_path}/copy"]
+    with caplog.at_level(logging.INFO):
+        data = LatentDataModule(videos=SourceConfig(batch_size=2), data_dir=[*same, str(other)])
+        assert data.number_of_samples()["videos"]["train"] == 9
+        assert [f"as {same[0]} and as {path}: they are used once" in caplog.text for path in same[1:]] == [True] * 4
+        caplog.clear()
+        data = LatentDataModule(videos=SourceConfig([*same, str(other)], batch_size=2))
+        assert data.number_of_samples()["videos"]["train"] == 5 * 4 + 5
+        assert "data.videos.manifests gives the same data 5 times" in caplog.text
+        caplog.clear()
+        LatentDataModule(videos=source(folder, other, batch_size=2))
+        assert "same data" not in caplog.text
+
+
 def test_no_source_is_rejected(tiny_shards: Path) -> None:
     for unused in ({}, {"images": source()}):
         with pytest.raises(InputError, match=r"no source .*prepare --videos .* --images .*--data_dir latents/mine"):

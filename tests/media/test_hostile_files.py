@@ -64,6 +64,13 @@ def with_samples(content: bytes, samples: int) -> bytes:
     return bytes(changed)
 
 
+def with_entries(content: bytes, table: bytes, entries: int) -> bytes:
+    """State this number of entries in a table of an mp4 that keeps its length."""
+    changed = bytearray(content)
+    struct.pack_into(">I", changed, content.index(table) + 8, entries)
+    return bytes(changed)
+
+
 def with_fragment(content: bytes, samples: int) -> bytes:
     run = box(b"trun", struct.pack(">II", 0, samples))
     track = box(b"traf", box(b"tfhd", struct.pack(">II", 0, 1)), run)
@@ -83,6 +90,8 @@ def with_chunk(content: bytes, kind: bytes, start: bytes, packed: bytes) -> byte
     [
         (lambda content: with_samples(content, 2**31), "states 2147483648 samples in a file of"),
         (lambda content: with_fragment(content, 2**32 - 1), "samples in a file of"),
+        (lambda content: with_entries(content, b"stts", 2**31), "states 2147483648 entries in a table stts of"),
+        (lambda content: with_entries(content, b"stsc", 2**28), "states 268435456 entries in a table stsc of"),
         (lambda content: with_edits(content, 5000), "an edit list of 5000 edits for 20 samples"),
     ],
 )
