@@ -13,7 +13,7 @@ from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.data.selection import sources_of_run
 from gpdit_lightning.data.source import KINDS, SourceConfig, whole_blocks
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write
+from gpdit_lightning.files import atomic_write, check_writable
 from gpdit_lightning.model.attention_pattern import AttentionPattern, attention_patterns
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.names import counted
@@ -46,8 +46,9 @@ def attention(options: AttentionOptions) -> None:
     """Draw the attention of a recipe's training.
 
     Raises:
-        InputError: the recipe or an option cannot be used.
+        InputError: the recipe or an option cannot be used, or the figure cannot be written.
     """
+    check_writable(options.out)
     backends = logging.getLogger("gpdit_lightning.model.attention.backends")
     settings = parse_recipe("attention", options.fit_arguments)
     rows, columns = tokens_of(options.frame_tokens)

@@ -70,6 +70,8 @@ class PartResult:
             named = SHARD_NAME.fullmatch(entry.path.removesuffix(".tar"))
             if named is None or named["part"] != f"{part:05d}":
                 raise InputError(f"{name} lists {entry.path}, which is not of part {part}: {COPY_AGAIN}.")
+        if len({entry.path for entry in shards}) < len(shards):
+            raise InputError(f"{name} lists a shard twice: {COPY_AGAIN}.")
         return cls(
             shards=shards,
             used=content["used"],

@@ -50,6 +50,8 @@ def test_figures_of_recipes(
         (["--frames=0"], "--frames is 0: give at least 1"),
         (["--frame_tokens=2"], "--frame_tokens is 2: give ROWSxCOLUMNS, such as 2x2"),
         (["--frame_tokens=0x2"], "--frame_tokens is 0x2: give ROWSxCOLUMNS, such as 2x2"),
+        ([f"--out={'x' * 300}.png"], "x.png"),
+        (["--out=."], ". cannot be written, since it is a folder: give another --out"),
         (["--frame_tokens=900x2"], "drawn as 19,800 tokens, more than 4,096: give fewer --frames or --frame_tokens"),
     ],
 )

@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.preparation import PrepareOptions, clips, parts, prepare
 from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.preparation.interleave import read_clips
+from gpdit_lightning.preparation.record_formats import PartResult
 
 STOPPED = "stopped: complete shards are kept, and the same command resumes."
 
@@ -229,6 +231,20 @@ def test_a_damaged_shard_of_an_interrupted_run_is_reported(options: PrepareOptio
             prepare(options)
     shard.unlink()  # its samples are encoded again into another shard
     assert Counter(identities(prepared(options))) == Counter(identities(uninterrupted))
+
+
+def test_a_result_that_lists_a_shard_twice_is_refused(uninterrupted: Manifest) -> None:
+    """Its samples would be doubled."""
+    shard = uninterrupted.shards[0]
+    part = int(re.findall(r"-(\d{5})-", shard.path)[0])
+    for shards, expected in (((shard,), None), ((shard, shard), "lists a shard twice")):
+        result = PartResult(shards, {"train": 1, "validation": 0}, (), (), (), ())
+        content = json.loads(json.dumps(result.to_dict(part)))
+        if expected is None:
+            assert PartResult.from_dict(content, part, "part.json") == result
+        else:
+            with pytest.raises(InputError, match=expected):
+                PartResult.from_dict(content, part, "part.json")
 
 
 def test_new_videos_are_added_to_existing_shards(options: PrepareOptions, videos: Path, tmp_path: Path) -> None:
