@@ -1,5 +1,6 @@
 """Shared by tests of the command line."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,3 +16,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, randomise: Callable[[GPD
     workspace = tmp_path_factory.mktemp("sample")
     sampling.make_sampling_folder(workspace, randomise)
     return workspace
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """Messages that verbs log; with a handler, the command line leaves the logger of the package as it is."""
+    logging.getLogger("gpdit_lightning").addHandler(logging.NullHandler())
+    caplog.set_level(logging.INFO, "gpdit_lightning")
+    return caplog

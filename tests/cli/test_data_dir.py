@@ -1,6 +1,5 @@
 """`data_dir` names the data of all sources of a run, whatever kinds of samples the folders contain."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,14 +28,10 @@ def fit(*words: str, recipe: str = "stage2_mixed", steps: int = 2) -> int:
 
 @pytest.fixture
 def folders(
-    write_shards: WriteShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    write_shards: WriteShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: pytest.LogCaptureFixture
 ) -> Path:
     """Folders of three samples: `image`, `video`, and `both`, in the working directory. `caplog` has the messages."""
     monkeypatch.chdir(tmp_path)
-    log = logging.getLogger("gpdit_lightning")
-    monkeypatch.setattr(log, "handlers", [logging.NullHandler()])  # the command line then leaves the logger as it is
-    monkeypatch.setattr(log, "propagate", True)
-    caplog.set_level(logging.INFO, "gpdit_lightning")
     for name, kinds in {"image": ["image"], "video": ["video"], "both": ["image", "video"]}.items():
         write_shards(tmp_path / name, {("train", kind, SHAPES[kind]): 3 for kind in kinds})
     write_shards(tmp_path / "odd", {("train", "video", (3, 3, 4)): 3})

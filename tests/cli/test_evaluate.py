@@ -1,7 +1,6 @@
 """`evaluate`, end to end on synthetic videos."""
 
 import json
-import logging
 import multiprocessing
 import shutil
 import sys
@@ -99,14 +98,6 @@ def finished(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     out = tmp_path_factory.mktemp("finished")
     assert evaluate(command, out) == 0
     return out
-
-
-@pytest.fixture
-def messages(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """Messages that the verb logs; with a handler, the command line leaves the logger of the package as it is."""
-    logging.getLogger("gpdit_lightning").addHandler(logging.NullHandler())
-    caplog.set_level(logging.INFO, "gpdit_lightning")
-    return caplog
 
 
 @pytest.mark.parametrize(("latent_frames", "lengths"), [(5, (5, 12)), (3, (5, 4)), (2, (1, 4))])

@@ -278,7 +278,7 @@ def test_a_run_folder_is_locked_during_training(
 
 
 def test_a_resumed_run_uses_the_optimizer_settings_of_the_recipe(
-    uninterrupted: Path, tiny_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    uninterrupted: Path, tiny_shards: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
     """Not those of the checkpoint."""
     run_dir = tmp_path / "run"
@@ -287,12 +287,11 @@ def test_a_resumed_run_uses_the_optimizer_settings_of_the_recipe(
     optimizer = {"learning_rate": 1e-5, "decay": "constant", "weight_decay": 0.1, "betas": [0.8, 0.9]}
     settings["model"]["init_args"]["optimizer"] = optimizer
     settings["trainer"]["log_every_n_steps"] = 1
-    caplog.set_level("INFO", "gpdit_lightning")
     assert fit(tmp_path / "recipe.yaml", settings) == 0
     group = read_checkpoint(run_dir)["optimizer_states"][0]["param_groups"][0]
     assert (group["lr"], group["weight_decay"], tuple(group["betas"])) == (1e-5, 0.1, (0.8, 0.9))
     assert after_step(logged_scalars(run_dir)["train/lr"], 4) == pytest.approx({5: 1e-5, 6: 1e-5})
-    assert "optimizer.learning_rate is 1e-05 from now on; it was 0.003" in caplog.text
+    assert "optimizer.learning_rate is 1e-05 from now on; it was 0.003" in messages.text
 
 
 def test_another_noise_schedule_is_refused(

@@ -269,13 +269,11 @@ class SavingAttention(torch.autograd.Function):
         (SHAPES[1], {"block_shape": (3, 0, 0), "causal_in_block": True}),
     ],
 )
-def test_backends_of_whole_layers_save_their_copies(
-    monkeypatch: pytest.MonkeyPatch, backend: str, shape: Shape, fields: dict[str, Any]
-) -> None:
-    with emulated_operators():
+def test_backends_of_whole_layers_save_their_copies(backend: str, shape: Shape, fields: dict[str, Any]) -> None:
+    with emulated_operators(), pytest.MonkeyPatch.context() as patch:
         saving = lambda query, key, value, **_: SavingAttention.apply(query, key, value, 1)  # noqa: E731
-        monkeypatch.setattr(xformers_backends, "load_xformers_operator", lambda: saving)
-        monkeypatch.setattr(flex, "load_flex_attention", lambda _: saving)
+        patch.setattr(xformers_backends, "load_xformers_operator", lambda: saving)
+        patch.setattr(flex, "load_flex_attention", lambda _: saving)
         configs = [GPDiTConfig(size="tiny", layers=layers, attention_backend=backend, **fields) for layers in (2, 3)]
         expected, measured = (
             count(configs[1], shape, AUTOCAST) - count(configs[0], shape, AUTOCAST)
