@@ -148,7 +148,7 @@ def special_damage(path: Path) -> Callable[[Path, Sequence[Path], random.Random]
     """Return the operator that knows the format of a file, by its name."""
     if path.name == "training.ckpt":
         return damage_pickle
-    if path.name.startswith("part-"):
+    if path.name.startswith("part-") and path.suffix == ".safetensors":  # not a record of a preparation
         return damage_part
     if path.suffix in (".json", ".complete", ".yaml"):
         return _damage_text
