@@ -26,7 +26,7 @@ MAX_INTERPOLATED = 4096  # characters of a scalar with ${...}, which takes milli
 
 MERGE_KEY = "<<"
 TAGS = {None, "!", *(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map"))}
-NUMBER = re.compile(r"[-+]?[0-9_.]+")
+NUMBER = re.compile(r"[-+]?(0x[0-9a-f_]+|0b[01_]+|[0-9_.:]+)", re.IGNORECASE)  # of YAML 1.1, also 1:30:00
 HAS_STRUCTURE = re.compile(r"[\[{&*!\n?:]")
 
 
