@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonargparse
 import yaml
+from jsonargparse import _loaders_dumpers
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import read_bounded
@@ -148,6 +149,11 @@ def _read_text(self: jsonargparse.Path) -> str:
 
 
 def use_bounded_yaml() -> None:
-    """Make jsonargparse load YAML and read files with the functions of this module."""
+    """Make jsonargparse load YAML and read files with the functions of this module.
+
+    Text that is the value of an option of another type, such as `max_steps: "[...]"`, is loaded once more, by a
+    function that no setting replaces.
+    """
     jsonargparse.set_loader(PARSER_MODE, load_yaml, (yaml.YAMLError,))
+    _loaders_dumpers.yaml_load = load_yaml
     jsonargparse.Path.read_text = _read_text  # type: ignore[method-assign]

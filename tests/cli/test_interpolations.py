@@ -65,10 +65,3 @@ def test_many_paths_in_one_folder_are_no_bomb(tmp_path: Path) -> None:
     )
     recipe = parse_recipe("fit", ["--config=gpdit:stage1_image_warmup", f"--config={tmp_path / 'data.yaml'}"])
     assert recipe.data.images.manifests == [f"/data/latents/part{number}" for number in range(300)]
-
-
-@pytest.mark.parametrize("number", ["0x" + "F" * 5000, "1" + ":59" * 3000], ids=["hexadecimal", "sexagesimal"])
-def test_a_number_of_thousands_of_digits_is_named(number: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Python computes it, and cannot write it."""
-    assert main(["fit", "--config=gpdit:tiny", f"--trainer.max_steps={number}"]) == 2
-    assert "trainer.max_steps is a number of thousands of digits: give a smaller one." in capsys.readouterr().err
