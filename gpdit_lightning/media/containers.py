@@ -52,12 +52,21 @@ logging.getLogger("libav").addHandler(logging.NullHandler())
 
 @dataclass(frozen=True)
 class VideoStream:
-    """The stream of an open file that a player shows, and its decoder."""
+    """The stream of an open file that a player shows, and its decoder.
+
+    Attributes:
+        path: the file.
+        container: the open file.
+        stream: the stream.
+        decoder: its decoder.
+        is_cut: whether frames at the end are missing, which FFmpeg does not report.
+    """
 
     path: Path
     container: "av.container.InputContainer"
     stream: "av.VideoStream"
     decoder: "av.VideoCodecContext"
+    is_cut: bool
 
     @property
     def fps(self) -> Fraction | None:
@@ -122,7 +131,7 @@ def open_video(path: str | Path, formats: Iterable[str] = FORMATS) -> Iterator[V
         if not path.exists():
             raise InputError(f"{path} does not exist: give the path of a video.")
         check_regular(path, "give the path of a video")
-        check_mp4_header(path)
+        is_cut = check_mp4_header(path)
         check_png_texts(path)
         with ffmpeg_errors() as messages:
             # Without "file:" FFmpeg would take the text before a colon in the name for a protocol.
@@ -134,7 +143,7 @@ def open_video(path: str | Path, formats: Iterable[str] = FORMATS) -> Iterator[V
             decoder.copy_opaque = True  # a frame carries the `opaque` of its packet
             # With several threads, the frames that can be read from a damaged video would vary from run to run.
             decoder.thread_count = 1
-            yield VideoStream(path, container, stream, decoder)
+            yield VideoStream(path, container, stream, decoder, is_cut)
     except Exception as error:
         if any("not on whitelist" in message for message in messages):
             raise InputError(

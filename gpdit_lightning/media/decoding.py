@@ -115,6 +115,8 @@ def _frames(
         if messages:  # the end of the packet before was not where the next one begins
             damage.record(_Sign(position, pts, messages[0]))
         if packet is None:
+            if video.is_cut:
+                damage.record(_Sign(position + 1, None, "the file ends within a fragment"))
             return
         previous = position, pts
         position, pts = position + 1, packet.pts

@@ -31,17 +31,24 @@ class _Counts:
         samples: number of samples by the number of the track, counted from 0; of fragments under -1.
         edits: number of edits by the number of the track.
         excess: kind, number of entries and length in bytes of a table with more entries than fit into it.
+        fragments: number of fragments.
+        ends_with_box: whether the file ends where its last box does.
     """
 
     samples: Counter[int] = field(default_factory=Counter)
     edits: Counter[int] = field(default_factory=Counter)
     excess: tuple[str, int, int] | None = None
+    fragments: int = 0
+    ends_with_box: bool = True
 
 
-def check_mp4_header(path: Path) -> None:
+def check_mp4_header(path: Path) -> bool:
     """Compare the numbers of samples and edits that the header of an mp4 states with the size of the file.
 
     Files of other formats are accepted, and what follows a damaged box is left to FFmpeg.
+
+    Returns:
+        Whether the file is cut within a fragment. FFmpeg drops a fragment with an incomplete header without a message.
 
     Raises:
         InputError: the file states more samples than it has bytes, edits that repeat too many of them, or more entries
@@ -49,7 +56,7 @@ def check_mp4_header(path: Path) -> None:
     """
     with BoundedReader(path) as file:
         if file.read(8)[4:] not in FIRST_BOXES:
-            return
+            return False
         size = file.seek(0, 2)
         counts = _count(file, size)
     if (samples := counts.samples.total()) > size:
@@ -63,6 +70,7 @@ def check_mp4_header(path: Path) -> None:
                 f"{path} has an edit list of {edits} edits for {counts.samples[track]} samples, more than can be read: "
                 "convert it to an mp4 without one."
             )
+    return counts.fragments > 0 and not counts.ends_with_box
 
 
 def _count(file: BinaryIO, size: int) -> _Counts:
@@ -70,7 +78,8 @@ def _count(file: BinaryIO, size: int) -> _Counts:
     counts, tracks = _Counts(), 0
     regions = deque([(0, size, -1)])  # start, end and track of regions that contain boxes
     while regions:
-        start, end, track = regions.popleft()
+        begin, end, track = regions.popleft()
+        start = begin
         while start + 8 <= end:
             file.seek(start)
             head = file.read(HEAD_BYTES)
@@ -80,6 +89,7 @@ def _count(file: BinaryIO, size: int) -> _Counts:
             stop = end if length == 0 else start + length
             if stop < start + body:
                 break
+            counts.fragments += kind == b"moof"
             if kind in CONTAINERS:
                 is_track = kind == b"trak"
                 regions.append((start + body, min(stop, end), tracks if is_track else track))
@@ -92,4 +102,6 @@ def _count(file: BinaryIO, size: int) -> _Counts:
                 elif entries * TABLES[kind] > stop - start:
                     counts.excess = kind.decode(), entries, stop - start
             start = stop
+        if begin == 0:
+            counts.ends_with_box = start == end
     return counts

@@ -25,6 +25,7 @@ def encode(
     tags: Sequence[int] = (),
     filters: Sequence[str] = (),
     times: Sequence[int] | None = None,
+    container_options: Mapping[str, str] | None = None,
 ) -> None:
     """Encode frames of one format and size.
 
@@ -38,9 +39,10 @@ def encode(
         tags: colour matrix, range, transfer and primaries, by FFmpeg's codes; any number of them.
         filters: a bitstream filter with its options, or nothing.
         times: time stamps in units of 1 / FPS; by default 0, 1, 2, ...
+        container_options: of the format.
     """
     names = ("colorspace", "color_range", "color_trc", "color_primaries")
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=dict(container_options or {})) as container:
         stream = container.add_stream(
             codec, FPS, options={**({"level": "3"} if codec == "ffv1" else {}), **(options or {})}
         )

@@ -4,6 +4,7 @@ import gc
 import io
 import os
 import resource
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from gpdit_lightning.media import containers, decoding
 from gpdit_lightning.media.finding import is_image
 from gpdit_lightning.media.image_headers import MAX_SCANS
 from gpdit_lightning.media.images import read_image
-from gpdit_lightning.media.video import DamagedVideoError, count_frames, iterate_frames, video_info
+from gpdit_lightning.media.video import DamagedVideoError, check_intact, count_frames, iterate_frames, video_info
 from tests.media.encoding import encode, moving_texture, rgb_frame
 
 FRAMES = 20
@@ -110,6 +111,24 @@ def test_intact_tables_are_accepted(tmp_path: Path, mp4: bytes) -> None:
     assert count_frames(path) == FRAMES
     path.write_bytes(with_edits(mp4, 3))
     assert count_frames(path) > FRAMES
+
+
+def test_a_cut_within_a_fragment_of_an_mp4_is_noted(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    frames = [rgb_frame(pixels) for pixels in moving_texture(FRAMES)]
+    encode(path, frames, options={"g": "4"}, container_options={"movflags": "frag_keyframe+empty_moov"})
+    content = path.read_bytes()
+    check_intact(path)
+    second, third = (match.start() - 4 for match in list(re.finditer(b"moof", content))[1:3])
+    whole = struct.unpack_from(">I", content, second)[0]
+    for length in (4, 9, whole // 2):  # in the head of its box, and within it
+        path.write_bytes(content[: second + length])
+        assert count_frames(path) == 4
+        with pytest.raises(DamagedVideoError, match="at frame 4"):
+            check_intact(path)
+    path.write_bytes(content[:third])  # between two fragments: nothing states that others follow
+    assert count_frames(path) == 8
+    check_intact(path)
 
 
 @pytest.mark.parametrize(("kind", "start"), [(b"zTXt", b"a\0\0"), (b"iTXt", b"a\0\1\0de\0b\0"), (b"iCCP", b"a\0\0")])
