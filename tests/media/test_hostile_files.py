@@ -3,8 +3,8 @@
 import gc
 import io
 import os
-import resource
 import re
+import resource
 import struct
 import zlib
 from collections.abc import Callable
