@@ -39,17 +39,18 @@ def partial_path(path: Path) -> Path:
     return path.with_name(name)
 
 
-def check_writable(path: Path, option: str = "--out", is_folder: bool = False) -> None:
+def check_writable(path: Path, option: str = "--out", is_folder: bool = False, extension: str = "") -> None:
     """Check that a file, or files in a folder, can be written; nothing is created.
 
     Args:
         path: the file or the folder; it does not have to exist.
         option: the option to change, for the message.
         is_folder: whether `path` is a folder that files are written into.
+        extension: with which the name has to end, so that no file of another kind is replaced.
 
     Raises:
-        InputError: the closest existing parent is not a writable folder, the path of the file is a folder, or the name
-            is too long.
+        InputError: the name has another extension or is too long, the closest existing parent is not a writable folder,
+            or the path of the file is a folder.
     """
     file = path.absolute() / "file" if is_folder else path.absolute()
     folder = next(parent for parent in file.parents if os.path.exists(parent))
@@ -57,6 +58,8 @@ def check_writable(path: Path, option: str = "--out", is_folder: bool = False) -
         raise InputError(f"{path} cannot be written, since {folder} is not a writable folder: give another {option}.")
     if not is_folder and os.path.isdir(path):
         raise InputError(f"{path} cannot be written, since it is a folder: give another {option}.")
+    if extension and path.suffix.lower() != extension:
+        raise InputError(f"{option} is {path}: give a name that ends in {extension}, as the file to write does.")
     for name in (path, partial_path(path)):
         try:
             os.lstat(name)

@@ -123,6 +123,8 @@ def test_check_writable_names_path_reason_and_option(tmp_path: Path) -> None:
         check_writable(tmp_path, "--sheet")
     with pytest.raises(InputError, match=r"cannot be written \(File name too long\): give another --out"):
         check_writable(tmp_path / ("a" * 256))
+    with pytest.raises(InputError, match=r"--out is recipe.yaml: give a name that ends in .png, as"):
+        check_writable(Path("recipe.yaml"), extension=".png")
 
 
 def test_sha256_of(tmp_path: Path) -> None:

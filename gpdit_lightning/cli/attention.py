@@ -48,7 +48,7 @@ def attention(options: AttentionOptions) -> None:
     Raises:
         InputError: the recipe or an option cannot be used, or the figure cannot be written.
     """
-    check_writable(options.out)
+    check_writable(options.out, extension=".png")
     backends = logging.getLogger("gpdit_lightning.model.attention.backends")
     settings = parse_recipe("attention", options.fit_arguments)
     rows, columns = tokens_of(options.frame_tokens)

@@ -30,7 +30,7 @@ def diagnose(options: DiagnoseOptions) -> None:
     Raises:
         InputError: the run folder has no curves or no recipe, or the reference cannot be used.
     """
-    check_writable(options.out)
+    check_writable(options.out, extension=".png")
     run, facts = read_run(options.run)
     reference = chosen_reference(options.reference) if options.reference else fitting_reference(facts)
     comparison = compare(run, facts, reference)

@@ -8,12 +8,15 @@ from tqdm import tqdm
 from gpdit_lightning.codecs import load_codec_from_spec
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.devices import available_device
+from gpdit_lightning.files import check_writable
 from gpdit_lightning.options.inspect import InspectOptions
 from gpdit_lightning.preparation.inspection import explain, overview, unlisted_files, verify, write_sheet
 
 
 def inspect(options: InspectOptions) -> int:
     """Print what the options request, by default an overview; return the exit status, 1 if --verify found a fault."""
+    if options.show is not None:
+        check_writable(options.out, extension=".png")
     if options.verify and not report_faults(options.folder, options.workers):
         return 1
     if options.show is not None:

@@ -282,7 +282,7 @@ def result_paths(out: Path, sheet: Path | None, sources: Sequence[Path]) -> tupl
         raise InputError(f"two images would be written to one file in {out}: rename a source or the --sheet.")
     for path in results:
         check_writable(path)
-    check_writable(sheet, "--sheet")
+    check_writable(sheet, "--sheet", extension=".png")
     return results, sheet
 
 
