@@ -19,6 +19,11 @@ SHOWS_A_BRIGHT_FRAME = (
     "(() => { const c = document.getElementById('canvas'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height)"
     ".data; return d.some((value, i) => i % 4 < 3 && value > 150) })()"
 )
+DELAYED_MODEL = (
+    "const request = fetch; window.fetch = async (path, options) => {"
+    "if (path === 'api/model') await new Promise((resolve) => { window.release = resolve; });"
+    "return request(path, options); }"
+)
 OVERFLOWS = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
 
 
@@ -105,5 +110,24 @@ def test_an_unusable_file_is_named_in_the_browser(client: Client, tmp_path: Path
         await page.until("document.getElementById('message').textContent.startsWith('notes.mp4 is neither a video')")
         assert await page.js("document.getElementById('message').getAttribute('role')") == "alert"
         page.problems = [problem for problem in page.problems if "400 (Bad Request)" not in problem]
+
+    browse(client, tmp_path / "profile", use)
+
+
+def test_a_file_that_is_given_before_the_model_is_known_is_used_afterwards(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "holiday.mp4").write_bytes(video_bytes(tmp_path))
+
+    async def use(page: Page) -> None:
+        await page.call("Page.addScriptToEvaluateOnNewDocument", source=DELAYED_MODEL)
+        await page.call("Page.navigate", url=client.url)
+        await page.until("typeof release === 'function'")
+        assert await page.js("document.getElementById('noise').disabled")
+        await page.fill(seconds=1)
+        await page.js("document.getElementById('settings').dispatchEvent(new Event('input'))")
+        await page.choose_file(tmp_path / "holiday.mp4")
+        await page.until("document.getElementById('message').textContent.includes('as soon as the model is ready')")
+        await page.js("release()")
+        await page.until(f"document.querySelectorAll('#strip img.given').length === {GIVEN}")
+        assert not await page.js("document.getElementById('noise').disabled")
 
     browse(client, tmp_path / "profile", use)

@@ -18,6 +18,7 @@ const ICONS = {
 const HOLD_SECONDS = 0.8; // on the last frame, before the video starts again
 
 let model; // the answer of /api/model
+let waiting; // the file that was given before that answer
 let source = null; // null, "noise", or the answer to an upload, {id, fps, duration, images}, with {file, start}
 let job = null; // {id, stream, total} while a video is generated
 
@@ -200,7 +201,11 @@ function upload(file, start, onProgress) {
 
 // Send a file, and show its frames from `start` on, in seconds; null: the last ones.
 async function useFile(file, start = null) {
-  if (!file || job || !model) return;
+  if (!file || job) return;
+  if (!model) {
+    waiting = file;
+    return say(`${file.name} is used as soon as the model is ready…`);
+  }
   const limit = model.limits.upload;
   if (file.size > limit * 1e6) {
     return say(`${file.name} is larger than ${limit} MB: give a smaller file, or start the server with a larger --max_upload.`, true);
@@ -270,6 +275,7 @@ function actionName() {
 }
 
 function refreshForm() {
+  if (!model) return;
   const fps = source && source !== "noise" ? source.fps : model.frame_rate;
   const seconds = Number(field("seconds").value);
   show({ "start-field": source !== null && source !== "noise" && Number(field("start").max) > 0 });
@@ -439,11 +445,12 @@ function connect() {
 
 try {
   player.setPlaying(!matchMedia("(prefers-reduced-motion: reduce)").matches);
+  connect();
   model = await fetchJson("api/model");
   fillForm();
-  connect();
-  refreshForm();
+  setBusy(false);
   player.tick(performance.now());
+  if (waiting) useFile(waiting);
 } catch (error) {
   say(error.message, true);
 }
