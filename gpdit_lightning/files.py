@@ -233,9 +233,11 @@ def read_lines(path: Path, expected: str) -> Iterator[tuple[int, str]]:
         with BoundedReader(path) as file:
             for number, line in enumerate(file, start=1):
                 encodings = (name for mark, name in BYTE_ORDER_MARKS.items() if number == 1 and line.startswith(mark))
-                encoding = next(encodings, "UTF-16 without a byte order mark" if b"\0" in line else None)
-                if encoding:
+                if encoding := next(encodings, None):
                     raise InputError(f"{path} line {number} is not UTF-8 (it is {encoding}): save the file as UTF-8.")
+                if b"\0" in line:
+                    reason = "has a null character, as binary files and UTF-16 without a byte order mark"
+                    raise InputError(f"{path} line {number} {reason}: give a text in UTF-8.")
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} line {number} is not UTF-8 ({error.reason}): save the file as UTF-8.") from None

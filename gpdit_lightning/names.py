@@ -15,6 +15,7 @@ ESCAPING = "gpdit_lightning.escaping"
 """Error handler for encoding: characters that the encoding lacks are written as escapes."""
 
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # controls, line separators, surrogates
+MAX_DIGITS = 18  # of a count or an index, which fits into 64 bits
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SCORE_NAMES = {
     "fid": "FID ↓",
@@ -34,6 +35,11 @@ ESCAPED_BYTE = re.compile(r"\\x([89a-f][0-9a-f])")
 def counted(number: int, noun: str) -> str:
     """Return a number with a noun, in the plural unless it is one: "1 clip", "1,024 clips"."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def number_in(text: str) -> int | None:
+    """Return the number that a text of decimal digits states; None for another text, or for more than `MAX_DIGITS`."""
+    return int(text) if text.isdecimal() and len(text) <= MAX_DIGITS else None
 
 
 def nearest_names(wanted: str, names: Sequence[str], most: int = 10) -> str:

@@ -16,7 +16,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, check_writable
 from gpdit_lightning.model.attention_pattern import AttentionPattern, attention_patterns
 from gpdit_lightning.model.config import GPDiTConfig
-from gpdit_lightning.names import counted
+from gpdit_lightning.names import counted, number_in
 from gpdit_lightning.options.attention import AttentionOptions
 
 if TYPE_CHECKING:
@@ -79,10 +79,10 @@ def attention(options: AttentionOptions) -> None:
 
 def tokens_of(text: str) -> tuple[int, int]:
     """Return the rows and columns of ROWSxCOLUMNS; raises `InputError` for another form."""
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+    sides = [number_in(part) for part in text.lower().split("x")]
+    if len(sides) != 2 or not sides[0] or not sides[1]:
         raise InputError(f"--frame_tokens is {text}: give ROWSxCOLUMNS, such as 2x2.")
-    return int(parts[0]), int(parts[1])
+    return sides[0], sides[1]
 
 
 def frames_of(data: Namespace, backbone: GPDiTConfig, wanted: int | None) -> ClipFrames:

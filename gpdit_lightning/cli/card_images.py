@@ -17,6 +17,7 @@ from gpdit_lightning.generation.pipeline import GPDiTPipeline
 from gpdit_lightning.generation.results import GeneratedClip
 from gpdit_lightning.generation.settings import layout_of, load_codec_of
 from gpdit_lightning.media.images import write_animation, write_strip
+from gpdit_lightning.names import number_in
 from gpdit_lightning.options.sample import GenerationOptions
 from gpdit_lightning.training.run_folder import RECIPE
 
@@ -58,8 +59,8 @@ def write_images(
 
 
 def _step_of(preview: Path) -> int:
-    number = preview.stem.removeprefix("step-")
-    return int(number) if number.isdecimal() else -1
+    number = number_in(preview.stem.removeprefix("step-"))
+    return -1 if number is None else number
 
 
 def _write_continuations(

@@ -18,7 +18,7 @@ from gpdit_lightning.generation.contexts import DEFAULT_FPS, ContextSettings, Vi
 from gpdit_lightning.generation.settings import check_context_frames, layout_of, trained_sizes
 from gpdit_lightning.model import NO_LABEL
 from gpdit_lightning.model.layout import BlockLayout
-from gpdit_lightning.names import counted, nearest_names
+from gpdit_lightning.names import counted, nearest_names, number_in
 from gpdit_lightning.options.sample import ALL_CLASSES, GenerationOptions, RolloutOptions
 
 DEFAULT_FRAMES = 16  # pixel frames that are generated after a context
@@ -235,8 +235,8 @@ def class_number(label: str | None, context: VideoContext, trained: TrainedModel
         return classes.index(context.label) if context.label in classes else NO_LABEL
     if label in classes:
         return classes.index(label)
-    if label.isdecimal() and int(label) < len(classes):
-        return int(label)
+    if (number := number_in(label)) is not None and number < len(classes):
+        return number
     if not classes:
         raise InputError(f"--label is {label!r}, but the checkpoint was trained without labels: leave --label out.")
     raise InputError(

@@ -11,6 +11,7 @@ from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.contexts import ContextSettings, VideoContext, name_for_files
+from gpdit_lightning.names import number_in
 
 SHARD_EXTENSION = ".tar"
 MANIFEST_SEARCH_DEPTH = 3  # a shard's manifest is searched for in its folder and the two above
@@ -54,13 +55,13 @@ def _find_in_manifest(path: Path) -> tuple[Manifest, ShardReader]:
 
 def sample_number(sample: str, reader: ShardReader) -> int:
     """Parse the number or key of a sample. A key is the shard's name, a dash, and the number in six digits."""
-    number = sample.removeprefix(f"{reader.path.stem}-")
-    if not number.isdecimal() or int(number) >= len(reader):
+    number = number_in(sample.removeprefix(f"{reader.path.stem}-"))
+    if number is None or number >= len(reader):
         last = len(reader) - 1
         raise InputError(
             f"{reader.path} has no sample {sample!r}: give 0 to {last}, or {reader.path.stem}-000000 to -{last:06d}."
         )
-    return int(number)
+    return number
 
 
 def read_sample(reader: ShardReader, number: int, settings: ContextSettings, codec: Codec) -> VideoContext:

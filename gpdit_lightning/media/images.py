@@ -16,7 +16,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import BoundedReader, atomic_write
 from gpdit_lightning.media.image_colours import to_srgb
 from gpdit_lightning.media.image_headers import check_image_file
-from gpdit_lightning.names import printable
+from gpdit_lightning.names import number_in, printable
 from gpdit_lightning.retries import retried, transient_error
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff")
@@ -203,10 +203,10 @@ def parse_size(text: str) -> Size:
     Raises:
         InputError: the text has another form.
     """
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+    sides = [number_in(part) for part in text.lower().split("x")]
+    if len(sides) != 2 or not sides[0] or not sides[1]:
         raise InputError(f"the size {text!r} is not HEIGHTxWIDTH in pixels: write it like 192x320.")
-    return int(parts[0]), int(parts[1])
+    return sides[0], sides[1]
 
 
 def with_border(pixels: Tensor, colour: str, border: int = 4) -> Tensor:

@@ -6,10 +6,9 @@ import re
 import sys
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import combinations
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, get_args
 
@@ -18,6 +17,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import read_lines
 from gpdit_lightning.media.images import SEARCHED_EXTENSIONS
 from gpdit_lightning.media.video import VIDEO_EXTENSIONS
+from gpdit_lightning.names import MAX_DIGITS
 from gpdit_lightning.preparation.imagenet import (
     VALIDATION,
     ImageNetLists,
@@ -25,6 +25,7 @@ from gpdit_lightning.preparation.imagenet import (
     is_imagenet_list,
     read_imagenet_list,
 )
+from gpdit_lightning.schema import parse_json
 
 FIELDS = ("source", "caption", "label", "split")
 SUPPORTED = (
@@ -40,9 +41,9 @@ EXTENSIONS = (*VIDEO_EXTENSIONS, *SEARCHED_EXTENSIONS)
 FILE = rf"(?P<name>\S.*(?:{'|'.join(map(re.escape, EXTENSIONS))}))"
 # The lines of UCF-101's trainlist, testlist and classInd, and the split of the files in each.
 UCF101_LISTS: tuple[tuple[re.Pattern[str], Split | None], ...] = (
-    (re.compile(rf"{FILE}\s+(?P<number>\d+)", re.IGNORECASE), "train"),
+    (re.compile(rf"{FILE}\s+(?P<number>\d{{1,{MAX_DIGITS}}})", re.IGNORECASE), "train"),
     (re.compile(FILE, re.IGNORECASE), "validation"),
-    (re.compile(r"(?P<number>\d+)\s+(?P<name>\S+)"), None),
+    (re.compile(rf"(?P<number>\d{{1,{MAX_DIGITS}}})\s+(?P<name>\S+)"), None),
 )
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")  # may occur in JSON, but UTF-8 cannot encode it
 
@@ -156,10 +157,12 @@ def read_annotations(paths: Sequence[Path]) -> Annotations:
     if imagenet.files:
         tables = (*tables, _imagenet_table(imagenet))
     classes = sorted({pair for table in tables for pair in table.classes})
-    for (number, name), (other_number, other) in combinations(classes, 2):
-        if number == other_number or name == other:
+    by_number, by_name = dict[int, str](), dict[str, int]()
+    for number, name in classes:
+        other, other_number = by_number.setdefault(number, name), by_name.setdefault(name, number)
+        if other != name or other_number != number:
             raise InputError(
-                f"the class numbers in {', '.join(map(str, paths))} differ ({number} {name}, {other_number} {other}): "
+                f"the class numbers in {', '.join(map(str, paths))} differ ({other_number} {other}, {number} {name}): "
                 "give lists of one data set."
             )
     labels = tuple(name for _, name in classes)
@@ -231,20 +234,23 @@ def _read_msr_vtt(path: Path) -> Table:
     text = "".join(line for _, line in _read_lines(path))
     captions: dict[str, list[str]] = defaultdict(list)
     try:
-        content = json.loads(text)
-        splits = {video["video_id"]: MSR_VTT_SPLITS[video["split"]] for video in content["videos"]}
+        content = parse_json(text.encode(), str(path), SUPPORTED)
+        splits = {_text_of(video, "video_id"): MSR_VTT_SPLITS[video["split"]] for video in content["videos"]}
         for sentence in sorted(content["sentences"], key=lambda sentence: sentence["sen_id"]):
-            if not _is_text(sentence["caption"]):
-                raise TypeError(f"the caption {sentence['caption']!r}")
-            captions[sentence["video_id"]].append(sentence["caption"].strip())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}): {SUPPORTED}.") from None
+            captions[_text_of(sentence, "video_id")].append(_text_of(sentence, "caption").strip())
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{path} does not have the fields of MSR-VTT's videodatainfo.json ({error}): {SUPPORTED}."
         ) from None
     names = dict.fromkeys([*splits, *captions])
     return Table(path, {name: Annotation(tuple(captions[name]), split=splits.get(name)) for name in names})
+
+
+def _text_of(row: Mapping[str, Any], name: str) -> str:
+    """Return a field that has to be a text; raises KeyError or TypeError if it is none."""
+    if not _is_text(row[name]):
+        raise TypeError(f"the {name} {row[name]!r}")
+    return str(row[name])
 
 
 def _begins_msr_vtt(line: str) -> bool:
@@ -267,10 +273,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in _read_lines(path):
         if not line.strip() or line.startswith("#"):
             continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} line {number} is not readable JSON ({error}): correct or remove it.") from None
+        values = parse_json(line.encode(), f"{path} line {number}", "correct or remove it")
         if not isinstance(values, dict):
             raise InputError(f"{path} line {number} is not a JSON object: correct or remove it.")
         yield number, values
@@ -313,15 +316,16 @@ def _parse_row(path: Path, line: int, values: dict[str, Any]) -> tuple[str, Anno
     for name in values:
         if name not in FIELDS:
             raise InputError(f"{path} line {line} has the unknown field {name!r}: give only {', '.join(FIELDS)}.")
-    source, caption, label, split = (values.get(name) or None for name in FIELDS)
-    captions = caption if isinstance(caption, list) else [caption] if caption else []
+    # Only null and an empty text mean that a field is missing: 0 and false are values of another type.
+    source, caption, label, split = (None if values.get(name) == "" else values.get(name) for name in FIELDS)
+    captions = caption if isinstance(caption, list) else [] if caption is None else [caption]
     if not isinstance(source, str) or not _is_text(source):
         raise invalid("source", "the path of an input file")
     if not all(_is_text(text) for text in captions):
         raise invalid("caption", "a string or a list of strings")
-    if label and not _is_text(label):
+    if label is not None and not _is_text(label):
         raise invalid("label", "a string")
-    if split and split not in SPLITS:
+    if split is not None and split not in SPLITS:
         raise invalid("split", " or ".join(SPLITS))
     return source, Annotation(tuple(text.strip() for text in captions), sys.intern(label) if label else None, split)
 

@@ -21,7 +21,7 @@ from gpdit_lightning.media.images import (
 )
 from gpdit_lightning.media.timing import fps_of_clip, frame_rate, uneven_intervals
 from gpdit_lightning.media.video import DamagedVideoError, VideoFrame, check_intact, iterate_frames, video_info
-from gpdit_lightning.names import counted
+from gpdit_lightning.names import counted, number_in
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.input_files import InputFile, annotation_metadata, is_held_out
 from gpdit_lightning.preparation.shots import mark_cuts
@@ -205,12 +205,12 @@ class ClipReader:
         """
         classes, text = tar.images.labels, sample.class_text
         if text is not None and text.isdecimal() and classes:
-            if int(text) >= len(classes):
+            if (number := number_in(text)) is None or number >= len(classes):
                 raise InputError(
                     f"the class of {sample.key} in {tar.path} is {text}, but the annotations list {len(classes)} "
                     "classes, from 0: give the list of classes of these tars."
                 )
-            return classes[int(text)]
+            return classes[number]
         folder = PurePosixPath(sample.key).parent.name if self.options.labels else ""
         return text or folder or tar.label
 

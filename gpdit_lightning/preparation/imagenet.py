@@ -14,8 +14,10 @@ from typing import Any, BinaryIO
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import BoundedReader
+from gpdit_lightning.names import MAX_DIGITS
 
 SYNSET = r"n\d{8}"
+NUMBER = rf"(?P<number>\d{{1,{MAX_DIGITS}}})"
 VALIDATION = "ILSVRC2012_val_"
 IMAGE = rf"(?P<image>{VALIDATION}\d{{8}})(?:\.JPEG)?"
 KAGGLE_HEADER = "ImageId,PredictionString"
@@ -91,10 +93,10 @@ def _add_label(lists: ImageNetLists, line: int, match: re.Match[str]) -> None:
 
 # The forms of a line; a list has one of them in all lines.
 FORMS: tuple[tuple[re.Pattern[str], Add], ...] = (
-    (re.compile(rf"(?P<synset>{SYNSET})\s+(?P<number>\d+)\s+\S+"), _add_kit_number),  # map_clsloc.txt
-    (re.compile(rf"(?P<number>\d+)\s+(?P<synset>{SYNSET})"), _add_kit_number),  # ILSVRC2012_mapping.txt
-    (re.compile(r"(?P<number>\d+)"), _add_kit_label),  # ILSVRC2012_validation_ground_truth.txt
-    (re.compile(rf"{IMAGE}\s+(?P<number>\d+)"), _add_index),  # val.txt of Caffe
+    (re.compile(rf"(?P<synset>{SYNSET})\s+{NUMBER}\s+\S+"), _add_kit_number),  # map_clsloc.txt
+    (re.compile(rf"{NUMBER}\s+(?P<synset>{SYNSET})"), _add_kit_number),  # ILSVRC2012_mapping.txt
+    (re.compile(NUMBER), _add_kit_label),  # ILSVRC2012_validation_ground_truth.txt
+    (re.compile(rf"{IMAGE}\s+{NUMBER}"), _add_index),  # val.txt of Caffe
     (re.compile(rf"{IMAGE}[\s,]+(?P<synset>{SYNSET})(?:\s.*)?"), _add_label),
     (re.compile(rf"(?P<synset>{SYNSET})(?:\s.*)?"), _add_class),  # synset_words.txt, LOC_synset_mapping.txt
 )

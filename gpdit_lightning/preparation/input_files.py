@@ -168,9 +168,8 @@ def _add_tars(candidates: Sequence[Candidate], options: PrepareOptions, inputs: 
     """Add tars of images to the inputs; a tar of tars as the tars in it."""
     found: list[tuple[Candidate, Path, str]] = []
     for candidate in candidates:
-        inner, problem = inner_tars(candidate.path)
-        if problem:
-            inputs.excluded.append(LeftOut(candidate.name, f"it {problem}"))
+        inner, problems = inner_tars(candidate.path)
+        inputs.excluded.extend(LeftOut(candidate.name, f"it {problem}") for problem in problems)
         found += [(candidate, candidate.path / tar.name, f"{candidate.name}/{tar.name}") for tar in inner]
         if not inner:
             found.append((candidate, candidate.path, candidate.name))

@@ -20,7 +20,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.finding import LeftOut
 from gpdit_lightning.media.images import parse_size
-from gpdit_lightning.names import as_text
+from gpdit_lightning.names import as_text, number_in
 from gpdit_lightning.options.prepare import (
     HeldOutInputOptions,
     InputOptions,
@@ -28,7 +28,7 @@ from gpdit_lightning.options.prepare import (
     PrepareOptions,
     ProcessOptions,
 )
-from gpdit_lightning.options.shared import names_of
+from gpdit_lightning.options.shared import MAX_COUNT, names_of
 from gpdit_lightning.preparation import shots
 from gpdit_lightning.preparation.input_files import FileFormat, InputFile, Inputs, find_inputs
 from gpdit_lightning.preparation.parts import encode_parts, load_checked_codec
@@ -238,7 +238,8 @@ def _label_names(previous: Manifest | None, inputs: Inputs, results: list[PartRe
         return ()
     # Also those of files that could not be used, so that an index does not depend on that.
     of_files = {file.label for file in inputs.files if file.format != "tar" and file.label is not None}
-    if not of_files and all(label.isdecimal() for label in sample_labels | {*labels}):  # indices, of .cls in tars
+    indices = [number_in(label) for label in sample_labels | {*labels}]
+    if not of_files and all(index is not None and index < MAX_COUNT for index in indices):  # of .cls in tars
         of_indices = map(str, range(max(map(int, sample_labels)) + 1))
         return (*labels, *(label for label in of_indices if label not in labels))
     return (*labels, *sorted((sample_labels | of_files).difference(labels)))

@@ -12,11 +12,12 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -29,12 +30,15 @@ from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.files import BoundedReader
 from gpdit_lightning.media.finding import FolderSearch, FoundFile, LeftOut
 from gpdit_lightning.media.images import SEARCHED_EXTENSIONS, read_image
-from gpdit_lightning.names import as_text
+from gpdit_lightning.names import MAX_DIGITS, as_text, number_in
+from gpdit_lightning.options.shared import MAX_COUNT
 from gpdit_lightning.retries import retried, transient_error
 
 # Role of a member in its sample, by extension. Other members are not read.
 ROLES = dict.fromkeys(SEARCHED_EXTENSIONS, "image") | {".txt": "text", ".json": "json", ".cls": "class"}
 TAR = ".tar"
+INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
+RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 JSON_FIELDS = ("caption", "url")  # the fields of img2dataset's json that are kept
 
 
@@ -75,10 +79,16 @@ def find_tars(pattern: str) -> tuple[list[FoundFile], list[LeftOut]]:
             `laion/{00000..00012}.tar`. The names of the tars are relative to the part before the braces.
 
     Raises:
-        InputError: braces are unbalanced, a tar is missing, or a folder contains no tar.
+        InputError: braces are unbalanced or stand for more than `MAX_COUNT` paths, a tar is missing, or a folder
+            contains no tar.
     """
     try:
-        paths = [Path(path) for path in ([pattern] if Path(pattern).exists() else braceexpand(pattern))]
+        exists = os.path.exists(pattern)  # False for a pattern that is too long for a path
+        if not exists and paths_in(pattern) > MAX_COUNT:
+            raise InputError(f"{pattern} stands for more than {MAX_COUNT:,} paths: correct its braces.")
+        paths = [Path(path) for path in ([pattern] if exists else braceexpand(pattern))]
+    except InputError:
+        raise
     except ValueError:
         raise InputError(f"{pattern} has unbalanced braces: write it like laion/{{00000..00012}}.tar.") from None
     missing = [path for path in paths if not path.exists()]
@@ -103,6 +113,27 @@ def find_tars(pattern: str) -> tuple[list[FoundFile], list[LeftOut]]:
     return [FoundFile(path, as_text(path.relative_to(root).as_posix())) for path in tars], unusable
 
 
+def paths_in(pattern: str) -> int:
+    """Return the number of paths that a pattern with braces stands for, at most `MAX_COUNT` + 1, without making them.
+
+    Groups are counted from the innermost on; a counted one is replaced by its number between null characters.
+    """
+    text, most = re.sub(r"\\.", "", pattern, flags=re.DOTALL).replace("\0", ""), MAX_COUNT + 1
+
+    def product(part: str) -> int:
+        return reduce(lambda count, other: min(count * int(other), most), re.findall("\0(\\d+)\0", part), 1)
+
+    while group := INNERMOST_BRACES.search(text):
+        if numbers := RANGE.fullmatch(group[1]):
+            is_long = max(map(len, numbers.groups(""))) > MAX_DIGITS
+            first, last, step = (0, most, 1) if is_long else map(int, numbers.groups("1"))
+            count = abs(last - first) // (abs(step) or 1) + 1
+        else:
+            count = sum(map(product, group[1].split(",")))
+        text = f"{text[: group.start()]}\0{min(count, most)}\0{text[group.end() :]}"
+    return product(text)
+
+
 class InnerTar(NamedTuple):
     """A tar in a tar."""
 
@@ -114,34 +145,42 @@ class InnerTar(NamedTuple):
 
 
 @retried
-def inner_tars(path: Path) -> tuple[list[InnerTar], str | None]:
+def inner_tars(path: Path) -> tuple[list[InnerTar], list[str]]:
     """Return the tars in a tar of tars, in order, and what is wrong with it; none for a tar whose first file is no tar.
+
+    Of several tars with one name the first is used.
 
     Only the headers of a tar of tars are read, and of another one the first.
 
     Raises:
         TransientError: it cannot be read for a reason other than its content.
     """
-    found: list[InnerTar] = []
+    found: dict[str, InnerTar] = {}
+    problems: list[str] = []
     try:
         with BoundedReader(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             end = os.fstat(file.fileno()).st_size
             for info in tar:
                 is_tar = info.isreg() and not info.issparse() and info.name.lower().endswith(TAR)
                 if not is_tar and info.isreg() and not found:
-                    return [], None
+                    return [], []
                 if info.size < 0 or info.offset_data + info.size > end:  # tarfile would loop at a negative size
                     raise tarfile.ReadError(f"{info.name!r} has {info.size} bytes, and the file ends before")
-                if is_tar and _check_safety(path, info) is None:
-                    found.append(InnerTar(as_text(info.name), info.offset_data, info.size))
+                name = as_text(info.name)
+                if not is_tar:
+                    continue
+                if _check_safety(path, info) is not None:
+                    problems.append(f"has {info.name!r} outside of its folder, which was not used: do not trust it")
+                elif found.setdefault(name, inner := InnerTar(name, info.offset_data, info.size)) is not inner:
+                    problems.append(f"has several tars {name!r}: only the first was used")
             _check_end(file, tar)
     except Exception as error:  # for many kinds of damage tarfile raises arbitrary exceptions
         if transient := transient_error(error, path):
             raise transient from None
         # A tar without inner ones is reported when its samples are read.
-        problem = f"is broken after {len(found)} tars ({error}): copy or download it again"
-        return found, problem if found else None
-    return found, None
+        if found:
+            problems.append(f"is broken after {len(found)} tars ({error}): copy or download it again")
+    return list(found.values()), problems
 
 
 def _check_end(file: BinaryIO, tar: tarfile.TarFile) -> None:
@@ -202,6 +241,8 @@ def iterate_samples(path: Path) -> Iterator[TarSample]:
             else:
                 keys.add(key)
                 yield _build_sample(path, key, members)
+        if not keys:
+            yield TarSample(as_text(path.name), None, {}, "", f"{path} contains no files: leave it out.")
     except tarfile.ReadError as error:
         problem = f"{path} is broken after {len(keys)} samples ({error}): copy or download it again."
         yield TarSample(as_text(path.name), None, {}, "", problem)
@@ -278,18 +319,25 @@ def _build_sample(path: Path, key: str, members: Sequence[Member]) -> TarSample:
     if "class" in by_role:
         class_text = _class_text(by_role["class"].content)
         if class_text is None:
-            problems.append(f"{by_role['class'].name} of {path} is no class: the rest of the sample was used.")
+            name = by_role["class"].name
+            problems.append(
+                f"{name} of {path} is no class (a name, or an index below {MAX_COUNT:,}): the rest of the sample was "
+                "used."
+            )
     sha256 = "" if pixels is None else hashlib.sha256(by_role["image"].content).hexdigest()
     return TarSample(key, pixels, metadata, sha256, " ".join(problems) or None, class_text)
 
 
 def _class_text(content: bytes) -> str | None:
-    """Return the text of a `.cls`, an index without leading zeros; None if it is empty or no UTF-8."""
+    """Return the text of a `.cls`, an index without leading zeros; None if it is empty, no UTF-8 or too large."""
     try:
         text = content.decode().strip()
     except UnicodeDecodeError:
         return None
-    return (str(int(text)) if text.isdecimal() else text) or None
+    if text.isdecimal():
+        number = number_in(text)
+        return None if number is None or number >= MAX_COUNT else str(number)
+    return text or None
 
 
 def _json_metadata(content: bytes) -> dict[str, str]:

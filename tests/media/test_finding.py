@@ -158,7 +158,10 @@ def test_lists(tmp_path: Path, content: str, expected: list[str]) -> None:
     ("content", "message"),
     [
         ("a.mp4\n".encode("utf-16"), r"list\.txt line 1 is not UTF-8 \(it is UTF-16\): save the file as UTF-8"),
-        ("a.mp4\n".encode("utf-16-le"), r"line 1 is not UTF-8 \(it is UTF-16 without a byte order mark\)"),
+        (
+            "a.mp4\n".encode("utf-16-le"),
+            "line 1 has a null character, as binary files and UTF-16",
+        ),
         ("a.mp4\n".encode("utf-32"), r"line 1 is not UTF-8 \(it is UTF-32\)"),
         ("a.mp4\ncaf\xe9.mp4\n".encode("latin-1"), r"line 2 is not UTF-8 \(invalid continuation byte\): save"),
         (b"a.mp4\n\nb.mp4\n", r"contains .*b\.mp4 in line 3, which does not exist: correct that line"),

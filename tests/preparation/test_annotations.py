@@ -67,6 +67,11 @@ def test_contradicting_class_numbers_are_refused(tmp_path: Path, other: str) -> 
         read(tmp_path, CLASSES, other)
 
 
+def test_a_hundred_thousand_classes_are_compared_in_linear_time(tmp_path: Path) -> None:
+    many = [f"{number} c{number}" for number in range(1, 100_001)]
+    assert len(read(tmp_path, "\n".join(many)).labels) == len(many)
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 def test_msr_vtt_captions_are_in_order_of_sen_id(tmp_path: Path, indent: int | None) -> None:
     annotations = read(tmp_path, json.dumps(VIDEODATAINFO, indent=indent))
@@ -85,6 +90,8 @@ def test_msr_vtt_captions_are_in_order_of_sen_id(tmp_path: Path, indent: int | N
         ({"videos": [{"video_id": "video0", "split": "dev"}]}, "dev"),
         ({"videos": [{"video_id": "video0"}]}, "split"),
         ({"videos": 3}, "not iterable"),
+        ({"videos": [{"video_id": 5, "split": "train"}]}, "the video_id 5"),
+        ({"sentences": [{"video_id": None, "sen_id": 1, "caption": "a"}]}, "the video_id None"),
         ({"sentences": [{"video_id": "video0", "sen_id": 1, "caption": 7}]}, "the caption 7"),
     ],
 )
@@ -137,6 +144,13 @@ def test_csv_and_tsv(tmp_path: Path, content: str, delimiter: str) -> None:
         ('{"source": "a", "caption": {"en": "b"}}\n', "as caption"),
         ('{"source": "a", "caption": "\\ud83d"}\n', "as caption"),
         ('{"source": "a", "label": 3}\n', "line 1 has 3 as label, which must be a string"),
+        ('{"source": "a", "label": 0}\n', "line 1 has 0 as label, which must be a string"),
+        ('{"source": "a", "caption": false}\n', "line 1 has False as caption"),
+        ('{"source": "a", "label": "b", "label": "c"}\n', "line 1 is not readable JSON .*'label'"),
+        ("a/b.mp4 " + "1" * 5000, "begins with 'a/b.mp4 1*', which is not a supported format"),
+        ("9" * 5000 + " a\n", "begins with '9*', which is not a supported format"),
+        ("1\n" + "9" * 5000 + "\n", "line 2 is '9*', which has another form"),
+        ("source,label\na,\0\n", "line 2 has a null character"),
         ('{"source": "a", "split": "test"}\n', "line 1 has 'test' as split, which must be train or validation"),
         ('{"source": "a", "split": ["train"]}\n', "as split"),
         ('{"source": "a"}\n{"source": "b"\n', "line 2 is not readable JSON"),

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from braceexpand import braceexpand
 from PIL import Image
 from webdataset import TarWriter, WebDataset
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.options.shared import MAX_COUNT
 from gpdit_lightning.preparation import tars
-from gpdit_lightning.preparation.tars import TarSample, find_tars, iterate_samples
+from gpdit_lightning.preparation.tars import TarSample, find_tars, inner_tars, iterate_samples, paths_in
 
 
 def encoded(value: int = 0, kind: str = "JPEG", **options: Any) -> bytes:
@@ -320,3 +322,47 @@ def test_errors_of_expansion(tmp_path: Path) -> None:
         find_tars(f"{tmp_path}/{{0000..0002.tar")
     with pytest.raises(InputError, match=r"empty has no \.tar files"):
         find_tars(f"{tmp_path}/empty")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "paths"),
+    [
+        ("a{000..099}.tar", 100),
+        ("{a,b{0..9..2},c}{x}{1..-1}.tar", 21),
+        (r"\{a{1,2}.tar", 2),
+        ("a{0..999999999999}.tar", MAX_COUNT + 1),
+        ("a{" + "1" * 5000 + ".." + "2" * 5000 + "}.tar", MAX_COUNT + 1),
+        ("{1,2}" * 25, MAX_COUNT + 1),
+        ("{a," + "{1,2}" * 25 + "}", MAX_COUNT + 1),
+    ],
+)
+def test_paths_of_a_pattern_are_counted_before_they_are_made(pattern: str, paths: int) -> None:
+    assert paths_in(pattern) == paths
+    if paths <= MAX_COUNT:
+        assert len(list(braceexpand(pattern))) == paths
+        return
+    with pytest.raises(InputError, match=r"stands for more than 1,048,576 paths: correct its braces"):
+        find_tars(f"x{pattern}")
+
+
+def test_a_tar_without_samples_is_reported(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar")
+    assert [sample.problem for sample in read(path)] == [f"{path} contains no files: leave it out."]
+
+
+def test_indices_of_classes_beyond_all_counts_are_no_classes(tmp_path: Path) -> None:
+    texts = (b"007", b"9" * 12, b"9" * 5000)
+    members = [
+        (f"{i}.{end}", content) for i, text in enumerate(texts) for end, content in (("jpg", encoded()), ("cls", text))
+    ]
+    samples = read(write(tmp_path / "a.tar", *members))
+    assert [sample.class_text for sample in samples] == ["7", None, None]
+    assert all("cls of" in str(sample.problem) and "is no class" in str(sample.problem) for sample in samples[1:])
+
+
+def test_tars_in_a_tar_that_cannot_be_used_are_reported(tmp_path: Path) -> None:
+    inner = write(tmp_path / "inner.tar", ("0.jpg", encoded())).read_bytes()
+    path = write(tmp_path / "outer.tar", ("a.tar", inner), ("../b.tar", inner), ("a.tar", inner))
+    found, problems = inner_tars(path)
+    assert [tar.name for tar in found] == ["a.tar"]
+    assert ["'../b.tar' outside" in problems[0], "several tars 'a.tar'" in problems[1]] == [True, True]
