@@ -41,8 +41,9 @@ class Constraint(NamedTuple):
 
 TEXT = Constraint("a string", lambda value: isinstance(value, str))
 TEXT_OR_NULL = Constraint("a string or null", lambda value: value is None or isinstance(value, str))
-COUNT = Constraint("a non-negative integer", lambda value: type(value) is int and value >= 0)
-SIZE = Constraint("a positive integer", lambda value: type(value) is int and value >= 1)
+# Integers beyond 64 bits are no counts of anything, and neither NumPy nor torch can compute with them.
+COUNT = Constraint("a non-negative integer below 2^63", lambda value: type(value) is int and 0 <= value < 2**63)
+SIZE = Constraint("a positive integer below 2^63", lambda value: type(value) is int and 1 <= value < 2**63)
 NUMBER = Constraint("a finite number", lambda value: type(value) in (int, float) and _is_finite(value))
 NUMBER_OR_NULL = Constraint("a finite number or null", lambda value: value is None or NUMBER.accepts(value))
 POSITIVE_NUMBER = Constraint("a positive number", lambda value: NUMBER.accepts(value) and value > 0)

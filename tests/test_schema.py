@@ -23,8 +23,14 @@ def test_a_matching_value_is_returned() -> None:
         ({"name": "a"}, r"file lacks the field sizes: cure\."),
         (VALUE | {"name": 3}, r"file has name = 3; it must be a string: cure\."),
         (VALUE | {"sizes": []}, r"file has sizes = \[\]; it must be a non-empty list: cure\."),
-        (VALUE | {"sizes": [[1, 0]]}, r"file has sizes\[0\]\[1\] = 0; it must be a positive integer: cure\."),
-        (VALUE | {"inner": {"count": -1}}, r"file has inner\.count = -1; it must be a non-negative integer: cure\."),
+        (
+            VALUE | {"sizes": [[1, 0]]},
+            r"file has sizes\[0\]\[1\] = 0; it must be a positive integer below 2\^63: cure\.",
+        ),
+        (
+            VALUE | {"inner": {"count": -1}},
+            r"file has inner\.count = -1; it must be a non-negative integer below 2\^63: cure\.",
+        ),
     ],
 )
 def test_the_first_mismatch_is_reported(value: Any, message: str) -> None:

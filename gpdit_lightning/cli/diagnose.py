@@ -79,7 +79,7 @@ def reference_of_runs(folders: Sequence[Path]) -> Reference:
         curves, facts = read_run(folder)
         seed = read_yaml(folder / RECIPE).get("seed_everything")
         found.append(facts)
-        runs.append(HealthyRun(seed if type(seed) is int else 0, "", curves.begun.isoformat(), "", recorded(curves)))
+        runs.append(HealthyRun(seed if type(seed) is int else 0, "", curves.begun, "", recorded(curves)))
         other = differences(facts, found[0], [group for group in facts if group != DATA])
         if other:
             raise InputError(

@@ -5,7 +5,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from gpdit_lightning.diagnosis.curves import RunCurves
+from gpdit_lightning.diagnosis.curves import RunCurves, thinned
 from gpdit_lightning.diagnosis.facts import LOSS, PREVIEW, TRAINING, Facts
 from gpdit_lightning.diagnosis.references import LEVELS, TAGS, Reference, differences
 
@@ -266,7 +266,8 @@ def loss_findings(run: RunCurves) -> Iterator[Finding]:
     losses, validation = run.curves.get("loss/train"), run.curves.get("loss/val")
     if losses is None or not losses.finite:
         return
-    means = [(step, mean(losses.recent(step))) for step, _ in losses.finite if step >= LEAST_STEPS]
+    steps = thinned([step for step, _ in losses.finite if step >= LEAST_STEPS])
+    means = [(step, mean(losses.recent(step))) for step in steps]
     if means and means[-1][1] > RISEN * (least := min(value for _, value in means)):
         yield Finding(
             f"loss/train rises: it is {means[-1][1]:.3g} at step {means[-1][0]}, and was {least:.3g} before",

@@ -1,17 +1,18 @@
 """The curves of a run, read from TensorBoard's event files in its run folder."""
 
-import logging
 import math
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
-from itertools import pairwise
+from functools import cached_property
 from pathlib import Path
 
+from gpdit_lightning.diagnosis.event_files import read_scalars
 from gpdit_lightning.errors import InputError
 
 EVENT_FILES = "events.out.tfevents.*"
 EARLIER_EVENTS = "tensorboard"  # folder of the event files in a run folder of earlier versions
+MOST_STEPS = 1000  # of a curve at which ranges and means are computed
 RECENT = 0.1  # part of the steps before a step, and in ranges after it too, whose points count as values at it
 
 
@@ -22,6 +23,10 @@ def event_folder(run_dir: Path) -> str:
     began continues in `tensorboard/`.
     """
     return EARLIER_EVENTS if any((run_dir / EARLIER_EVENTS).glob(EVENT_FILES)) else ""
+
+
+def _step_of(point: tuple[int, float]) -> int:
+    return point[0]
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,9 @@ class Curve:
 
         The list is empty if there is none.
         """
-        points = [point for point in self.finite if point[0] <= step]
-        first = (1 - RECENT) * step
-        return [value for at, value in points if at >= first] or [value for _, value in points[-1:]]
+        end = bisect_right(self.finite, step, key=_step_of)
+        first = bisect_left(self.finite, (1 - RECENT) * step, hi=end, key=_step_of)
+        return [value for _, value in self.finite[first:end] or self.finite[:end][-1:]]
 
     def range_near(self, step: int) -> tuple[float, float] | None:
         """Return the smallest and the largest value near a step; None outside the curve.
@@ -54,13 +59,15 @@ class Curve:
         points = self.finite
         if not points or not points[0][0] <= step <= points[-1][0]:
             return None
-        values = [value for at, value in points if abs(at - step) <= RECENT * step]
-        for (left, low), (right, high) in pairwise(points):
-            if left < step < right:
-                values.append(low + (high - low) * (step - left) / (right - left))
+        first = bisect_left(points, (1 - RECENT) * step, key=_step_of)
+        values = [value for _, value in points[first : bisect_right(points, (1 + RECENT) * step, key=_step_of)]]
+        following = bisect_right(points, step, key=_step_of)
+        if following < len(points):
+            (left, low), (right, high) = points[following - 1 : following + 1]
+            values.append(low + (high - low) * (step - left) / (right - left))
         return min(values), max(values)
 
-    @property
+    @cached_property
     def finite(self) -> list[tuple[int, float]]:
         """The points whose value is finite."""
         return [point for point in zip(self.steps, self.values, strict=True) if math.isfinite(point[1])]
@@ -72,6 +79,12 @@ class Curve:
         return sum(values) / len(values) if values else None
 
 
+def thinned(steps: Sequence[int]) -> list[int]:
+    """Return at most `MOST_STEPS` of some steps at equal distances, with the last one."""
+    distance = max(1, math.ceil(len(steps) / MOST_STEPS))
+    return list(steps[::-distance])[::-1]
+
+
 @dataclass(frozen=True)
 class RunCurves:
     """The curves of a run.
@@ -79,12 +92,12 @@ class RunCurves:
     Attributes:
         curves: by tag.
         files: number of event files.
-        begun: date of the first event.
+        begun: ISO date of the first point; empty if it has no valid time.
     """
 
     curves: Mapping[str, Curve]
     files: int
-    begun: date
+    begun: str
 
     @property
     def last_step(self) -> int:
@@ -98,14 +111,13 @@ def read_curves(run_dir: Path) -> RunCurves:
     Points that a resumed run logged again replace the earlier ones, as in TensorBoard.
 
     Raises:
-        InputError: the folder does not exist, has no event files, or these have no curves yet.
+        InputError: the folder does not exist, has no event files, one is not a regular file, or they have no curves
+            yet.
     """
-    from tensorboard.backend.event_processing import event_accumulator  # takes a second to import
-
     if not run_dir.is_dir():
         raise InputError(f"{run_dir} is not a folder: give a run folder, such as runs/demo/stage3_long_video.")
     folder = run_dir / event_folder(run_dir)
-    files = list(folder.glob(EVENT_FILES))
+    files = sorted(folder.glob(EVENT_FILES))
     if not files:
         runs = sorted({path.parent.name for path in run_dir.glob(f"*/{EVENT_FILES}")})
         raise InputError(
@@ -116,25 +128,14 @@ def read_curves(run_dir: Path) -> RunCurves:
                 else "give a run folder whose run has trainer.logger at its default or a TensorBoardLogger there."
             )
         )
-    # All points of a curve, and of images and texts, which take memory, the least that can be kept.
-    kept = dict.fromkeys(event_accumulator.DEFAULT_SIZE_GUIDANCE, 1) | {event_accumulator.SCALARS: 0}
-    events = event_accumulator.EventAccumulator(str(folder), size_guidance=kept)
-    log = logging.getLogger("tensorboard")  # warns of each resumed run, whose later points it drops
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        events.Reload()
-    finally:
-        log.setLevel(level)
+    scalars = read_scalars(files)
     curves = {}
-    for tag in events.Tags()["scalars"]:
-        points = {event.step: event.value for event in events.Scalars(tag)}
+    for tag, points in scalars.points.items():
         steps = sorted(points)
-        if steps:  # a resumed run purges the points after its checkpoint, which may be all of a tag
-            curves[tag] = Curve(tuple(steps), tuple(points[step] for step in steps))
+        curves[tag] = Curve(tuple(steps), tuple(points[step] for step in steps))
     if not curves:
         raise InputError(
             f"the event files in {folder} have no curves yet: wait for the first step of training, which logs the "
             "first points."
         )
-    return RunCurves(curves, len(files), date.fromtimestamp(events.FirstEventTimestamp()))
+    return RunCurves(curves, len(files), scalars.begun)

@@ -29,8 +29,8 @@ OF_PREVIEW = ("clips", "context_frames", "sampler", "sampler_steps")
 
 Facts = dict[str, dict[str, Any]]
 
-STEPS = Constraint("an integer from -1", lambda value: type(value) is int and value >= -1)
-COUNT_OR_NULL = Constraint("a non-negative integer or null", lambda value: value is None or COUNT.accepts(value))
+STEPS = Constraint("-1 or a non-negative integer below 2^63", lambda value: value == -1 or COUNT.accepts(value))
+COUNT_OR_NULL = Constraint(f"{COUNT.description} or null", lambda value: value is None or COUNT.accepts(value))
 # The settings with which the comparison computes, in the form of `schema.py`.
 SCHEMA = {
     STAGE: {"class_path": TEXT, "sources": LIST},

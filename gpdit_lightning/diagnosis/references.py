@@ -45,7 +45,7 @@ class HealthyRun:
     Attributes:
         seed: of the run.
         commit: of the package; empty if it is not known.
-        date: ISO date of its first event.
+        date: ISO date of its first event; empty if it is not known.
         hardware: in words; empty if it is not known.
         curves: by tag.
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpdit_lightning.diagnosis.comparison import PAGE, QUARTILES, TOLERANCE, Comparison
-from gpdit_lightning.diagnosis.curves import RECENT, RunCurves
+from gpdit_lightning.diagnosis.curves import RECENT, RunCurves, thinned
 from gpdit_lightning.diagnosis.references import Reference
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.names import counted
@@ -134,7 +134,7 @@ def draw(name: str, run: RunCurves, comparison: Comparison, path: Path) -> None:
 def draw_panel(axes: "Axes", run: RunCurves, reference: Reference | None, tag: str, second: str) -> None:
     """Draw one curve of the run over the range of the reference."""
     if reference is not None and (curves := reference.curves(tag)):
-        steps = sorted({step for curve in curves for step in curve.steps})
+        steps = thinned(sorted({step for curve in curves for step in curve.steps}))
         bands = [(step, band) for step in steps if (band := reference.band(tag, step)) is not None]
         low, high = zip(*(band for _, band in bands), strict=True)
         axes.fill_between([step for step, _ in bands], low, high, color=BAND, alpha=0.5, label="reference")

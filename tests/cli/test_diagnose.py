@@ -1,9 +1,11 @@
 """`diagnose`: curves of generated runs beside those of healthy ones."""
 
+import logging
 import math
+import os
 import re
+import struct
 from collections.abc import Callable, Mapping
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks import healthy_runs
@@ -161,7 +165,7 @@ def curves_of(changed: Mapping[str, Value], steps: int = STEPS) -> RunCurves:
         logged = [step for step in (1, *range(10, steps + 1, 10)) if tag not in SPARSE or step % 50 == 0]
         if logged:
             curves[tag] = Curve(tuple(logged), tuple(value(step / STEPS) for step in logged))
-    return RunCurves(curves, 1, date(2026, 1, 1))
+    return RunCurves(curves, 1, "2026-01-01")
 
 
 @pytest.fixture
@@ -230,6 +234,81 @@ def test_a_tag_whose_points_were_all_purged_is_no_curve(
     write_run(run, recipe(tiny_shards), first=40, last=40)  # resumed before the first validation was logged again
     assert read_curves(run).curves.keys() == HEALTHY.keys()
     assert "step 40, 2 event files" in diagnose(run, capsys=capsys)
+
+
+def damaged_tail(content: bytes) -> bytes:
+    """Return records with a changed byte in the last one."""
+    return content[:-6] + bytes([content[-6] ^ 1]) + content[-5:]
+
+
+@pytest.mark.parametrize(
+    ("damage", "warns"),
+    [
+        (lambda content: content[:-3], False),  # the last event is being written
+        (damaged_tail, True),
+        (lambda content: content + b"junk" * 10, True),
+        (lambda content: content + record(b"\xff" * 20), True),
+        (lambda content: content + record(Event(wall_time=math.inf).SerializeToString()), False),
+        (lambda content: content + record(b"", length=2**50), False),
+        (lambda content: content + record(bytes(2**17)), False),  # an image
+    ],
+)
+def test_damaged_event_files_are_read_up_to_the_damage(
+    damage: Callable[[bytes], bytes],
+    warns: bool,
+    tmp_path: Path,
+    tiny_shards: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "propagate", True)
+    run = write_run(tmp_path / "run", recipe(tiny_shards))
+    (file,) = run.glob("events*")
+    intact = read_curves(run)
+    file.write_bytes(damage(file.read_bytes()))
+    read = read_curves(run)
+    assert {tag: curve.steps[:3] for tag, curve in read.curves.items()} == {
+        tag: curve.steps[:3] for tag, curve in intact.curves.items()
+    }
+    assert (f"{file} is damaged after " in caplog.text) == warns
+
+
+def test_odd_event_files_are_refused_or_have_no_date(
+    tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", recipe(tiny_shards))
+    (file,) = run.glob("events*")
+    value = Summary(value=[Summary.Value(tag="loss/train", simple_value=1.0)])
+    for seconds in (math.nan, math.inf, -1e300, -1e12):
+        file.write_bytes(record(Event(wall_time=seconds, step=1, summary=value).SerializeToString()))
+        assert read_curves(run).begun == ""
+    os.mkfifo(run / "events.out.tfevents.9.x")
+    assert main(["diagnose", str(run), "--out", str(tmp_path / "figure.png")]) == 2
+    assert "events.out.tfevents.9.x is not a regular file" in capsys.readouterr().err
+
+
+def test_curves_of_many_points_are_compared_in_linear_time(
+    tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, steps = write_run(tmp_path / "run", recipe(tiny_shards)), 30_000
+    (file,) = run.glob("events*")
+    events = (
+        Event(wall_time=1.0, step=step, summary=Summary(value=[Summary.Value(tag="loss/train", simple_value=1 / step)]))
+        for step in range(1, steps + 1)
+    )
+    file.write_bytes(b"".join(record(event.SerializeToString()) for event in events))
+    assert f"step {steps}" in diagnose(run, capsys=capsys)
+    curve = read_curves(run).curves["loss/train"]
+    assert curve.recent(1000) == pytest.approx([1 / step for step in range(900, 1001)])
+    assert curve.range_near(1000) == pytest.approx((1 / 1100, 1 / 900))
+    assert Curve((1, 5, 9), (1.0, 3.0, 5.0)).range_near(7) == (4.0, 4.0)
+
+
+def record(content: bytes, length: int | None = None) -> bytes:
+    """Return a record of an event file."""
+    header = struct.pack("<Q", len(content) if length is None else length)
+    checksums = [struct.pack("<I", masked_crc32c(part)) for part in (header, content)]
+    return header + checksums[0] + content + checksums[1]
 
 
 def test_a_file_of_a_reference_holds_all_that_is_compared(
