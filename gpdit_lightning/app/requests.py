@@ -71,7 +71,7 @@ def parse_request(
     if unknown := [name for name in content if name not in known]:
         raise InputError(f"there is no setting {unknown[0]!r}: give some of {', '.join(known)}.")
     context_id = content.get("context")
-    if context_id is not None and context_id not in contexts:
+    if context_id is not None and not (isinstance(context_id, str) and context_id in contexts):
         raise InputError("the uploaded file is no longer kept: choose it again.")
     label = _choice(content, "label", None, pipeline.labels)
     label_guidance = float(_number(content, "label_guidance", options.label_guidance, 0, MAX_GUIDANCE))

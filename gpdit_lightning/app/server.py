@@ -39,8 +39,9 @@ from gpdit_lightning.app.uploads import UploadLimits, read_upload
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.contexts import VideoContext
 from gpdit_lightning.generation.pipeline import GPDiTPipeline
-from gpdit_lightning.names import printable
+from gpdit_lightning.names import number_in, printable
 from gpdit_lightning.options.app import AppOptions
+from gpdit_lightning.schema import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +61,12 @@ HEADERS = {
 }
 MAX_SETTINGS_BYTES = 10_000
 MAX_NAME = 80  # characters of the name of an upload in messages
-UPLOADS_AT_ONCE = 2
+READ_AT_ONCE = 2  # complete uploads; incomplete ones do not wait for each other, since a client may be slow
 STALLED_AFTER = 30.0  # seconds without a byte of an upload
+LONGEST_UPLOAD = 900.0  # seconds
 ABANDONED_AFTER = 60.0  # seconds without a listener, after which a video is not generated further
 KEPT_FOR = 3600.0  # seconds since the last use of a video
-MAX_KEPT = 32  # uploads, and videos
+MAX_KEPT = 32  # uploads, and videos; also of uploads that are not complete
 CLEANING_INTERVAL = 5.0  # seconds
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -173,7 +175,8 @@ class Server:
         self._limits = UploadLimits(options.max_upload, options.max_upload_seconds)
         self._jobs: dict[str, Job] = {}
         self._contexts: dict[str, VideoContext] = {}
-        self._uploading = asyncio.Semaphore(UPLOADS_AT_ONCE)
+        self._receiving = 0  # uploads that are not complete
+        self._reading = asyncio.Semaphore(READ_AT_ONCE)
 
     def app(self) -> web.Application:
         """Return the application of aiohttp."""
@@ -213,6 +216,8 @@ class Server:
             return _error(error.status, f"{request.path} was refused ({error.reason})")
         except TimeoutError:
             return _error(408, "the upload stalled: try it again")
+        except (web.RequestPayloadError, ConnectionError):
+            return _error(400, "the request ended early or has another encoding than it states: send it again")
         except Exception as error:
             log.exception("%s %s failed", request.method, request.path)
             return _error(500, f"the server failed ({type(error).__name__}): its log has details")
@@ -230,14 +235,17 @@ class Server:
         name = printable(request.query.get("name", ""))[:MAX_NAME] or "the file"
         start = parse_start(request.query.get("start", ""))
         self._limits.check_bytes(name, request.content_length or 0)
-        async with self._uploading:
-            with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-                path, size = Path(folder, "upload"), 0
-                with path.open("wb") as file:
-                    while chunk := await asyncio.wait_for(request.content.readany(), STALLED_AFTER):
-                        size += len(chunk)
-                        self._limits.check_bytes(name, size)
-                        file.write(chunk)
+        if self._receiving >= MAX_KEPT:
+            raise InputError("too many files are uploaded at the same time: try again in a minute.")
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            path = Path(folder, "upload")
+            self._receiving += 1
+            try:
+                async with asyncio.timeout(LONGEST_UPLOAD):
+                    await self._receive(request, path, name)
+            finally:
+                self._receiving -= 1
+            async with self._reading:
                 upload = await asyncio.to_thread(read_upload, path, name, self._pipeline, self._limits, start)
         key = secrets.token_urlsafe(16)
         self._contexts[key] = context = upload.context
@@ -247,11 +255,22 @@ class Server:
         answer = {"id": key, "fps": float(context.fps), "duration": upload.duration, "images": images}
         return web.json_response(answer)
 
+    async def _receive(self, request: web.Request, path: Path, name: str) -> None:
+        """Write the body of a request to a file.
+
+        Raises:
+            InputError: it is too large.
+            TimeoutError: no byte came for `STALLED_AFTER`.
+        """
+        size = 0
+        with path.open("wb") as file:
+            while chunk := await asyncio.wait_for(request.content.readany(), STALLED_AFTER):
+                size += len(chunk)
+                self._limits.check_bytes(name, size)
+                file.write(chunk)
+
     async def _request_video(self, request: web.Request) -> web.Response:
-        try:
-            content = await request.json()
-        except ValueError:
-            raise InputError("the settings are not JSON: send an object.") from None
+        content = parse_json(await request.read(), "the request", "send the settings as a JSON object")
         job = self.queue.submit(parse_request(content, self._pipeline, self._options, self._contexts))
         self._jobs[job.id] = job
         return web.json_response({"id": job.id})
@@ -259,10 +278,10 @@ class Server:
     async def _events(self, request: web.Request) -> web.StreamResponse:
         """Stream the events of a job; a browser that connects again sends the number of the last one."""
         job = self._job(request)
-        last = request.headers.get("Last-Event-ID", "")
+        last = number_in(request.headers.get("Last-Event-ID", ""))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
         await response.prepare(request)
-        async for number, event in job.events(int(last) + 1 if last.isdecimal() else 0):
+        async for number, event in job.events(0 if last is None else last + 1):
             text = f"id: {number}\nevent: {event.kind}\ndata: {json.dumps(event.content)}\n\n"
             await response.write(text.encode())
         return response
@@ -306,9 +325,13 @@ def _check_origin(request: web.Request, host: str) -> None:
         HTTPForbidden: the request comes from another site.
     """
     origin = request.headers.get("Origin")
-    if origin is not None and urlsplit(origin).netloc != request.host:
+    if origin is not None and origin.partition("://")[2] != request.host:
         raise web.HTTPForbidden(reason="it comes from another site")
-    if is_loopback(host) and not is_loopback(urlsplit(f"//{request.host}").hostname or ""):
+    try:
+        name = urlsplit(f"//{request.host}").hostname or ""
+    except ValueError:  # of brackets that do not match
+        name = ""
+    if is_loopback(host) and not is_loopback(name):
         raise web.HTTPForbidden(reason="the server is for this machine only; start it with --host 0.0.0.0 for others")
 
 

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gpdit_lightning.app import jobs
+from gpdit_lightning.app import jobs, server
 from gpdit_lightning.cli import main
 from gpdit_lightning.generation.pipeline import GPDiTPipeline
 from gpdit_lightning.media.video import iterate_frames, video_info
@@ -201,7 +201,7 @@ def test_an_unusable_file_is_refused_by_a_sentence(
     ("settings", "words"),
     [
         ({"seconds": 31}, "Seconds is 31: give a number from 0.01 to 30."),
-        ({"seconds": float("nan")}, "Seconds is nan"),
+        ({"seconds": float("nan")}, "The request is not readable JSON (NaN"),
         ({"steps": 2.5}, "Steps is 2.5: give a whole number from 1 to 200."),
         ({"steps": True}, "Steps is True"),
         ({"seed": -1}, "Seed is -1"),
@@ -292,6 +292,50 @@ def test_requests_of_other_sites_and_for_other_files_are_refused(client: Client)
         status, answer = client.request("GET", path)
         assert status in (400, 404), path
         assert answer.startswith(b'{"error": "'), path
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "headers", "status", "words"),
+    [
+        ("POST", "/api/videos", b"[" * 9_000, {}, 400, "not readable JSON (it is nested too deeply"),
+        ("POST", "/api/videos", b'{"seed": 1, "seed": 2}', {}, 400, "not readable JSON"),
+        ("POST", "/api/videos", b"{}", {"Content-Type": "application/json; charset=x"}, 200, '"id"'),
+        ("POST", "/api/videos", b'{"context": []}', {}, 400, "no longer kept"),
+        ("POST", "/api/videos", b"junk", {"Content-Encoding": "gzip"}, 400, "ended early or has another encoding"),
+        ("POST", "/api/uploads", b"junk", {"Content-Encoding": "gzip"}, 400, "ended early or has another encoding"),
+        ("GET", "/api/model", None, {"Origin": "http://[::1"}, 403, "another site"),
+        ("GET", "/api/model", None, {"Host": "[::1"}, 403, "this machine only"),
+    ],
+)
+def test_malformed_requests_are_answered_by_a_sentence(
+    method: str, path: str, body: bytes | None, headers: dict[str, str], status: int, words: str, client: Client
+) -> None:
+    found, answer = client.request(method, path, body, headers)
+    assert (found, words in answer.decode()) == (status, True), answer
+
+
+def test_events_after_any_number_are_streamed(client: Client) -> None:
+    video = client.start(seconds=0.1, size="32x32")
+    expected = list(client.events(video))
+    assert list(client.events(video, after=10**200)) == expected  # of more digits than a number can have
+
+
+def test_slow_uploads_do_not_delay_others(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_KEPT", 9)
+    slow = [client.connect() for _ in range(8)]
+    for connection in slow:
+        connection.putrequest("POST", "/api/uploads")
+        connection.putheader("Content-Length", "1000")
+        connection.endheaders(b"x")
+    assert client.upload(png(32, 32))[0] == 200
+    monkeypatch.setattr(server, "MAX_KEPT", 8)
+    status, answer = client.upload(png(32, 32))
+    assert (status, answer["error"]) == (
+        400,
+        "Too many files are uploaded at the same time: try again in a minute.",
+    )
+    for connection in slow:
+        connection.close()
 
 
 def test_frames_that_the_page_shows_are_close_to_those_of_the_model() -> None:
