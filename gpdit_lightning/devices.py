@@ -7,25 +7,53 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, message_line
+from gpdit_lightning.names import number_in
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 
+MAX_RANKS = 2**20
 CGROUP = Path("/sys/fs/cgroup")  # limits of a container
 
 
+def environment_number(name: str, default: int | None = None, least: int = 0, most: int = MAX_RANKS) -> int:
+    """Return the number in an environment variable that launchers set.
+
+    Args:
+        name: of the variable.
+        default: for a variable that is not set; None if it is set.
+        least, most: its limits.
+
+    Raises:
+        InputError: it is no number within the limits.
+    """
+    text = os.environ.get(name, str(default))
+    number = number_in(text)
+    if number is None or not least <= number <= most:
+        raise InputError(
+            f"the environment variable {name} is {text!r}: give {least} to {most:,}, or unset it and the others that a "
+            "launcher of several ranks sets."
+        )
+    return number
+
+
 def rank_of_process() -> tuple[int, int, int]:
-    """Return rank, number of ranks and rank on this machine, as set by torchrun, srun or Lightning's launcher."""
+    """Return rank, number of ranks and rank on this machine, as set by torchrun, srun or Lightning's launcher.
+
+    Raises:
+        InputError: an environment variable has an impossible value.
+    """
     for rank, ranks, local_rank in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
         ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_RANK"),  # Lightning, on one machine
     ):
         if rank in os.environ and ranks in os.environ:
-            return int(os.environ[rank]), int(os.environ[ranks]), int(os.environ.get(local_rank, 0))
+            total = environment_number(ranks, least=1)
+            return environment_number(rank, most=total - 1), total, environment_number(local_rank, 0)
     return 0, 1, 0
 
 
@@ -113,9 +141,7 @@ def available_device(name: str) -> "torch.device":
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"the device {name!r} cannot be used ({str(error).splitlines()[0]}): try cpu or cuda."
-        ) from None
+        raise InputError(f"the device {name!r} cannot be used ({message_line(error)}): try cpu or cuda.") from None
     if device.type == "meta":
         raise InputError("the device 'meta' stores no values: try cpu or cuda.")
     return device

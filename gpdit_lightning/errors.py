@@ -1,4 +1,6 @@
-"""The exception for errors that a user can correct."""
+"""The exception for errors that a user can correct, and what messages say of other exceptions."""
+
+import os
 
 
 class InputError(ValueError):
@@ -27,3 +29,14 @@ class TransientError(InputError):
 
 class ResourceError(TransientError):
     """An input that could not be read because memory, open files or disk space ran out, as would be others after it."""
+
+
+def message_line(error: BaseException, place: int = 0) -> str:
+    """Return a line of an exception's message, by default the first; the name of its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[place]
+
+
+def file_of(error: OSError, otherwise: str) -> str:
+    """Return the file that an error names, which some libraries give as bytes; another text if it names none."""
+    name = error.filename
+    return otherwise if name is None else os.fsdecode(name) if isinstance(name, bytes) else str(name)

@@ -29,7 +29,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from gpdit_lightning.errors import InputError, ResourceError, TransientError
+from gpdit_lightning.errors import InputError, ResourceError, TransientError, file_of
 from gpdit_lightning.files import DISK_FULL_ERRORS
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def explain_write_errors(folder: Path, kept: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        path, end = error.filename or folder, f" {kept}" if kept else ""
+        path, end = file_of(error, str(folder)), f" {kept}" if kept else ""
         if error.errno in DISK_FULL_ERRORS:
             raise ResourceError(
                 f"{folder} has no space left ({error.strerror}): free some space and run the same command again.{end}"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TextIO
 
 from gpdit_lightning.cli.failures import DEBUG, describe, one_line_reports, shortened
 from gpdit_lightning.devices import rank_of_process
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.names import ESCAPING, printable
 from gpdit_lightning.signals import TERMINATING, Termination, exit_at_signals, redirect_closed_outputs
 from gpdit_lightning.version import __version__
@@ -176,7 +177,17 @@ def _main(words: Sequence[str], debug: bool) -> int:
         advice = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(VERBS)}."
         print(f"error: there is no verb '{shortened(name)}': {advice}", file=sys.stderr)
         return 2
-    rank = _rank_prefix()  # read here, since Lightning removes WORLD_SIZE from the environment after an error
+    if sys.flags.optimize > 1:
+        print(
+            "error: Python's option -OO removes the texts of options: leave it and PYTHONOPTIMIZE=2 out.",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        rank = _rank_prefix()  # read here, since Lightning removes WORLD_SIZE from the environment after an error
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     _show_log(rank)
     _configure_output()
     lines = _lines_when_stopped(name, rank)

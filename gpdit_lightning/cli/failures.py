@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, file_of
 from gpdit_lightning.files import DISK_FULL_ERRORS
 
 DEBUG = "--debug"  # shows the traceback of an error; every verb has it
@@ -83,7 +83,7 @@ def known_cause(error: Exception, less_memory: str) -> str | None:
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError) and error.errno in CURES:
-        path = error.filename if error.filename is not None else "the output or a file of this command"
+        path = file_of(error, "the output or a file of this command")
         return f"{path}: {error.strerror}: {CURES[error.errno]}."
     if isinstance(error, RuntimeError | MemoryError):
         from gpdit_lightning.retries import memory_error

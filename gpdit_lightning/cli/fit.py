@@ -15,7 +15,7 @@ from gpdit_lightning.cli.auto_recipe import planned_recipe
 from gpdit_lightning.cli.classification_report import write_classification
 from gpdit_lightning.cli.failures import CURES, SMALLER_TRAINING
 from gpdit_lightning.cli.recipe_cli import RecipeCLI, build_recipe, find_resumed
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, file_of
 from gpdit_lightning.files import process_lock
 from gpdit_lightning.imports import error_summary, import_path
 from gpdit_lightning.options.shared import RecipeOptions
@@ -90,7 +90,7 @@ def report_file_errors(trainer: Trainer) -> Iterator[None]:
             summary = error_summary(error, type(part).__module__)
             raise InputError(f"{import_path(part)} failed ({summary}); {resume_advice(run_dir)}.") from error
         raise InputError(
-            f"{error.filename or f'a file in {run_dir}'} could not be written or read ({error.strerror or error}): "
+            f"{file_of(error, f'a file in {run_dir}')} could not be written or read ({error.strerror or error}): "
             f"check that it exists, with free space and permission to write; {resume_advice(run_dir)}."
         ) from None
     finally:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, message_line
 
 MARK = "${"
 MAX_SIZE = 2**18  # characters and values that all interpolations of a command stand for
@@ -33,5 +33,5 @@ class InterpolatingParser(ArgumentParser):
             with bounded_interpolations(MAX_SIZE, MAX_RESOLVED):
                 return super()._parse_common(cfg, *arguments, **options)
         except omegaconf.errors.OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
+            reason = message_line(error)
             raise InputError(f"an interpolation cannot be resolved: {reason}") from None

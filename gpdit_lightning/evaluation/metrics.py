@@ -25,6 +25,10 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     return fmean(values), stdev(values) if len(values) > 1 else None
 
 
+MAX_MOMENT = 1e100  # beyond the squares of all float32 numbers, so that distances are finite
+ROUNDING = 1e-3  # part of the largest covariance by which others may be inexact
+
+
 def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> float:
     """Return the squared Frechet distance of Gaussians: |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1^1/2 S2 S1^1/2)^1/2).
 
@@ -139,6 +143,25 @@ class Moments(NamedTuple):
     def distance(self, other: "Moments") -> float:
         """Return the squared Frechet distance of Gaussians with these moments, as :func:`frechet_distance`."""
         return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
+
+
+def moments_problem(mean: Tensor, covariance: Tensor) -> str:
+    """Return why two tensors of a file, float64, are not the moments of features; empty if they may be.
+
+    Args:
+        mean: should be (d,).
+        covariance: should be (d, d).
+    """
+    if mean.ndim != 1 or len(mean) < 1 or covariance.shape != (len(mean), len(mean)):
+        return f"a mean {tuple(mean.shape)} and a covariance {tuple(covariance.shape)}, not (d,) and (d, d)"
+    largest = covariance.abs().max()
+    if not max(mean.abs().max(), largest) <= MAX_MOMENT:  # also if one is NaN
+        return f"moments that are not finite or beyond {MAX_MOMENT:g}"
+    if (
+        covariance - covariance.T
+    ).abs().max() > ROUNDING * largest or covariance.diagonal().min() < -ROUNDING * largest:
+        return "a covariance that is not symmetric or has a negative variance"
+    return ""
 
 
 class _PrecomputedFeatures(nn.Identity):

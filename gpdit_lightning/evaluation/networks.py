@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from gpdit_lightning.codecs.base import fingerprint_of
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, message_line
 from gpdit_lightning.evaluation.i3d import load_i3d
 from gpdit_lightning.evaluation.inception import load_classifier, load_inception
 from gpdit_lightning.evaluation.network_files import (
@@ -61,6 +61,9 @@ CONTRACTS = {
 }
 # Optional attributes of a custom network.
 ATTRIBUTES: dict[str, type] = {"name": str, "preprocessing": str, "min_frames": int}
+
+
+MAX_OUTPUTS = 2**16  # features or classes: a covariance has as many numbers squared
 
 
 class LoadedNetwork(NamedTuple):
@@ -231,7 +234,9 @@ class MetricNetwork(nn.Module):
         except InputError:
             raise
         except Exception as error:  # the code in the file may raise anything
-            raise self._error(f"could not compute on an example ({str(error).strip().splitlines()[-1]})") from None
+            raise self._error(f"could not compute on an example ({message_line(error, -1)})") from None
+        if not 1 <= output.shape[1] <= MAX_OUTPUTS:
+            raise self._error(f"returns {output.shape[1]:,} numbers, but 1 to {MAX_OUTPUTS:,} are expected")
         if not output.isfinite().all():
             raise self._error("returns numbers that are not finite")
         if are_probabilities and ((output < 0).any() or (output.sum(1) - 1).abs().max() > 1e-2):

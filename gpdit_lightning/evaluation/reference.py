@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.json_records import record_from_json
-from gpdit_lightning.evaluation.metrics import Moments
+from gpdit_lightning.evaluation.metrics import Moments, moments_problem
 from gpdit_lightning.evaluation.network_files import NetworkRecord
 from gpdit_lightning.evaluation.self_checks import SelfChecks
 from gpdit_lightning.files import BoundedReader, atomic_write
@@ -116,8 +116,10 @@ class Reference:
         for quantity, samples in counts.items():
             check(samples, SIZE, f"samples.{quantity}", str(path), REMEDY)
             mean, covariance = (tensors.get(f"{name}.{quantity}") for name in ("mean", "covariance"))
-            if mean is None or covariance is None or mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+            if mean is None or covariance is None:
                 raise InputError(f"{path} has no mean (d,) and covariance (d, d) of {quantity}: {REMEDY}.")
+            if problem := moments_problem(mean.double(), covariance.double()):
+                raise InputError(f"{path} has {problem}, of {quantity}: {REMEDY}.")
             moments[quantity] = Moments(mean, covariance, samples)
         manifold = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith("manifold.")}
         return cls(record, moments, manifold)
@@ -162,17 +164,21 @@ class AdmFile:
             raise
         except (OSError, ValueError, EOFError, RuntimeError, NotImplementedError, *ARCHIVE_ERRORS) as error:
             raise transient_error(error, path) or InputError(f"{path} cannot be read ({error}): {REMEDY}.") from None
-        if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3):
+        if images is not None and (
+            images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size
+        ):
             found = f"{images.dtype} {images.shape}"
             raise InputError(f"{path} has arr_0 of {found}, not images uint8 (N, H, W, 3): {REMEDY}.")
         if mu is None or sigma is None:
             if images is None:
                 raise InputError(f"{path} has neither arr_0 nor mu and sigma: {REMEDY}.")
             return cls(path, images, None)
+        for name, array in (("mu", mu), ("sigma", sigma)):
+            if array.dtype.kind != "f":
+                raise InputError(f"{path} has {name} of {array.dtype}, not floating-point numbers: {REMEDY}.")
         mean, covariance = torch.from_numpy(np.float64(mu)), torch.from_numpy(np.float64(sigma))
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            shapes = f"mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}"
-            raise InputError(f"{path} has {shapes}, not (d,) and (d, d): {REMEDY}.")
+        if problem := moments_problem(mean, covariance):
+            raise InputError(f"{path} has {problem}: {REMEDY}.")
         return cls(path, images, Moments(mean, covariance))
 
     def clip(self, number: int) -> Tensor:

@@ -1,11 +1,10 @@
 """Distribution of parts to processes: a process encodes the parts of its rank first, then any unlocked part."""
 
 import math
-import os
 from collections.abc import Iterable, Mapping
 
 from gpdit_lightning.codecs import Codec, load_codec
-from gpdit_lightning.devices import available_cores, available_device, rank_of_process
+from gpdit_lightning.devices import available_cores, available_device, environment_number, rank_of_process
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.options.prepare import INTERLEAVED_FILES, PrepareOptions
@@ -88,6 +87,6 @@ def worker_count(options: PrepareOptions) -> int:
     """
     requested = options.workers
     if requested is None:
-        requested = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1
+        requested = available_cores() // environment_number("LOCAL_WORLD_SIZE", 1, least=1) or 1
     divisors = (count for count in range(1, INTERLEAVED_FILES + 1) if INTERLEAVED_FILES % count == 0)
     return max((count for count in divisors if count <= requested), default=0)

@@ -6,7 +6,7 @@ The output folder and the input files must have the same paths on all machines o
 from collections.abc import Sequence
 from typing import Any
 
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, message_line
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.encode import Progress
 from gpdit_lightning.preparation.input_files import InputFile
@@ -70,5 +70,5 @@ def encode_parts_by_ray(options: PrepareOptions, records: Records, files: Sequen
     try:
         encoded.materialize()
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = message_line(error, -1)
         raise InputError(f"{reason} Complete shards are kept: run the same command again.") from None

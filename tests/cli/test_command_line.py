@@ -16,7 +16,9 @@ import yaml
 
 from gpdit_lightning import cli
 from gpdit_lightning.cli import VERBS, main
+from gpdit_lightning.cli.failures import describe
 from gpdit_lightning.cli.recipe_cli import parse_recipe, recipe_parser
+from gpdit_lightning.devices import environment_number
 from gpdit_lightning.errors import InputError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -403,3 +405,33 @@ def test_log_messages_follow_a_replaced_standard_error(monkeypatch: pytest.Monke
         logging.getLogger("gpdit_lightning.test").info(text)
         assert stream.getvalue() == f"{text}\n"
         stream.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "abc"), ("RANK", "2"), ("RANK", "9" * 5000), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "-1")],
+)
+def test_impossible_variables_of_launchers_are_named(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable, text in ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"} | {name: value}).items():
+        monkeypatch.setenv(variable, text)
+    assert main(["inspect", "absent"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: the environment variable {name} is {value[:9]!r}"[:-1])
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    with pytest.raises(InputError, match="the environment variable LOCAL_WORLD_SIZE is '0': give 1 to"):
+        environment_number("LOCAL_WORLD_SIZE", 1, least=1)
+
+
+def test_an_interpreter_without_docstrings_is_refused() -> None:
+    command = [sys.executable, "-OO", "-m", "gpdit_lightning", "prepare", "--help"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "-OO removes the texts of options" in ended.stderr
+
+
+def test_a_file_that_a_library_names_by_bytes_is_shown_as_text() -> None:
+    error = OSError(errno.EMFILE, "Too many open files", b"run/events")
+    assert describe(error, "fit")[0].startswith("run/events: Too many open files: use fewer workers")
