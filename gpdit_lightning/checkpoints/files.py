@@ -183,6 +183,8 @@ def publish_checkpoint(path: Path, files: Mapping[str, FileMark] | None = None) 
     link = path.with_name(LAST)
     partial_path(link).unlink(missing_ok=True)
     partial_path(link).symlink_to(path.name)
+    if link.is_dir() and not link.is_symlink():  # of a run that was copied with links replaced by what they refer to
+        remove(link)
     partial_path(link).replace(link)
     flush(path.parent)
 

@@ -54,6 +54,9 @@ LESS_MEMORY = {
 # Errors of torch's process groups after another rank has ended.
 LOST_RANK = re.compile("^Dist(Store|Network|Backend)Error|Connection (closed|reset) by peer|gloo/transport")
 
+# Errors of the dynamic linker.
+LACKS_MEMORY = re.compile("failed to map segment|[Cc]annot allocate memory")
+
 LONGEST_WORD, LONGEST_LINE = 300, 1200  # characters of a message
 PACKAGE = Path(__file__).parents[1]
 INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -83,8 +86,12 @@ def known_cause(error: Exception, less_memory: str) -> str | None:
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError) and error.errno in CURES:
+        if error.errno == errno.ENOENT and "temporary directory" in (error.strerror or ""):  # of `tempfile`
+            return f"no folder for temporary files can be written ({error.strerror}): free some space, or set TMPDIR."
         path = file_of(error, "the output or a file of this command")
         return f"{path}: {error.strerror}: {CURES[error.errno]}."
+    if isinstance(error, ImportError) and LACKS_MEMORY.search(str(error)):
+        return f"memory ran out while the program started ({error}): raise the limit of memory (ulimit -v)."
     if isinstance(error, RuntimeError | MemoryError):
         from gpdit_lightning.retries import memory_error
         from gpdit_lightning.workers import thread_error, worker_error

@@ -29,7 +29,7 @@ from gpdit_lightning.generation.settings import (
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.options.features import FeaturesOptions
 from gpdit_lightning.probing.encoder import clip_frames, first_layers, pooled_features
-from gpdit_lightning.probing.features import RECORD, SUFFIXES, FeatureRecord, write_features
+from gpdit_lightning.probing.features import RECORD, SUFFIXES, FeatureRecord, is_complete, write_features
 from gpdit_lightning.progress import progress_bar
 from gpdit_lightning.workers import WorkerLoader
 
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def features(options: FeaturesOptions) -> None:
-    """Write the features of all videos whose files do not exist yet; a stopped command resumes.
+    """Write the features of all videos whose files are missing or damaged; a stopped command resumes.
 
     Raises:
         InputError: an option, the checkpoint or all videos cannot be used, or `out` contains other features.
@@ -50,7 +50,8 @@ def features(options: FeaturesOptions) -> None:
     record = make_record(options, trained, codec, list(videos.values()))
     create_or_resume(options.out, record)
     usable = {name: path for name, path in videos.items() if has_short_name(record.path_of(options.out, name))}
-    missing = {name: path for name, path in usable.items() if not record.path_of(options.out, name).exists()}
+    files = {name: record.path_of(options.out, name) for name in usable}
+    missing = {name: path for name, path in usable.items() if not is_complete(files[name], record)}
     unreadable = extract(missing, trained, codec, record, options)
     skipped = unreadable + len(videos) - len(usable)
     if skipped == len(videos):

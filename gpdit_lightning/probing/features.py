@@ -12,6 +12,8 @@ Shapes: F latent frames, N tokens per frame, D hidden width.
 """
 
 import json
+import logging
+import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -35,6 +37,8 @@ from gpdit_lightning.tensor_files import npy_layout
 RECORD = "features.json"
 SUFFIXES = {"npy": ".npy", "pickle": ".pkl"}  # by format
 REMEDY = "write the features again, or copy the whole folder"
+
+log = logging.getLogger(__name__)
 
 
 def spatio_temporal(features: Tensor, temporal_tokens: int = 0) -> Tensor:
@@ -169,6 +173,38 @@ def write_features(path: Path, features: Tensor, record: FeatureRecord) -> None:
             PortablePickler(file).dump(values)
         else:
             np.save(file, values, allow_pickle=False)
+
+
+def is_complete(path: Path, record: FeatureRecord) -> bool:
+    """Return whether the features of a video are written; a warning names a file that is damaged.
+
+    Only header and size are read. Of pickled features, the least size is known.
+
+    Args:
+        path: from `record.path_of`.
+        record: of the folder.
+
+    Raises:
+        InputError: it is not a regular file.
+        OSError: it cannot be read.
+    """
+    values = 2 * math.prod(record.shape)  # bytes of float16
+    try:
+        with BoundedReader(path, "remove it") as file:
+            if record.format == "pickle":
+                complete = file.size > values
+            else:
+                shape, dtype, offset = npy_layout(file)
+                complete = (shape, dtype, file.size) == (record.shape, np.float16, offset + values)
+    except FileNotFoundError:
+        return False
+    except InputError:
+        raise
+    except (ValueError, EOFError):
+        complete = False
+    if not complete:
+        log.warning("%s is damaged: it is written again", path)
+    return complete
 
 
 def read_features(path: Path, shape: tuple[int, int]) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,17 @@ def test_the_last_checkpoint_is_found_after_the_run_folder_moved(tmp_path: Path)
     link = tmp_path / "moved/checkpoints" / LAST
     assert link.readlink() == Path("step-2.ckpt")
     assert last_checkpoint(tmp_path / "moved", verify=True) == link.with_name("step-2.ckpt")
+
+
+def test_a_copy_of_a_checkpoint_in_the_place_of_the_link_is_replaced(tmp_path: Path) -> None:
+    """As of a run folder that was copied with links replaced by what they refer to."""
+    link = tmp_path / "checkpoints" / LAST
+    copied = save(tmp_path, 1)
+    link.unlink()
+    shutil.copytree(copied, link)
+    assert last_checkpoint(tmp_path) == copied
+    save(tmp_path, 2)
+    assert link.readlink() == Path("step-2.ckpt")
 
 
 def test_a_run_resumes_from_the_target_of_the_link(tmp_path: Path) -> None:

@@ -432,6 +432,18 @@ def test_an_interpreter_without_docstrings_is_refused() -> None:
     assert "-OO removes the texts of options" in ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), "or set TMPDIR."),
+        (ImportError("liba.so: failed to map segment from shared object"), "raise the limit of memory (ulimit -v)."),
+    ],
+)
+def test_full_disks_and_memory_at_the_start_are_named(error: Exception, words: str) -> None:
+    sentence, status = describe(error, "fit")
+    assert (sentence.endswith(words), status) == (True, 2)
+
+
 def test_a_file_that_a_library_names_by_bytes_is_shown_as_text() -> None:
     error = OSError(errno.EMFILE, "Too many open files", b"run/events")
     assert describe(error, "fit")[0].startswith("run/events: Too many open files: use fewer workers")

@@ -1,5 +1,6 @@
 """`features` on video files, compared with features of the whole model, pooled in loops."""
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from gpdit_lightning.evaluation.videos import read_clip
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.features import FeaturesOptions
+from gpdit_lightning.probing import features
 from gpdit_lightning.probing.features import FeatureRecord, VideoFeatures
 from tests.cli.sampling import stripes
 
@@ -133,14 +135,38 @@ def test_existing_features_are_not_computed_again(
 ) -> None:
     extract(work, tmp_path)
     written = {path.name: path.read_bytes() for path in tmp_path.rglob("*.npy")}
-    (tmp_path / "a.npy").write_bytes(b"kept")
+    kept = b"".join((written["a.npy"][:-2], b"00"))  # other values, so that a new file would differ
+    (tmp_path / "a.npy").write_bytes(kept)
     (tmp_path / "jump/b.npy").unlink()
     capsys.readouterr()
     extract(work, tmp_path, "--workers=1")
     printed = capsys.readouterr().out
     assert "features of 3 videos" in printed
     assert "1 of them are new" in printed
-    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*.npy")} == written | {"a.npy": b"kept"}
+    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*.npy")} == written | {"a.npy": kept}
+
+
+@pytest.mark.parametrize("form", ["npy", "pickle"])
+def test_damaged_features_are_computed_again(
+    form: str, work: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    extract(work, tmp_path, f"--format={form}")
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*.[np][pk][yl]")}
+    first, second, third = sorted(written)
+    first.write_bytes(b"")
+    second.write_bytes(written[second][: len(written[second]) // 2])
+    features.log.addHandler(caplog.handler)
+    try:
+        extract(work, tmp_path, f"--format={form}")
+    finally:
+        features.log.removeHandler(caplog.handler)
+    assert {path: path.read_bytes() for path in written} == written
+    warned = [f"{path} is damaged: it is written again" in caplog.messages for path in (first, second, third)]
+    assert warned == [True, True, False]
+    first.unlink()
+    os.mkfifo(first)
+    with pytest.raises(InputError, match=f"{first.name} is not a regular file"):
+        extract(work, tmp_path, f"--format={form}")
 
 
 @pytest.mark.parametrize(

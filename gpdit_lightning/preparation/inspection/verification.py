@@ -18,7 +18,7 @@ from gpdit_lightning.data.manifest import (
     Manifest,
     ShardEntry,
 )
-from gpdit_lightning.data.shards import ShardReader, build_index
+from gpdit_lightning.data.shards import MAX_INDEX_BYTES, ShardReader, build_index
 from gpdit_lightning.devices import available_cores
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import read_bounded, sha256_of
@@ -64,7 +64,7 @@ def verify_shard(directory: Path, entry: ShardEntry, labels: Sequence[str] | Non
     """
     path, index = directory / entry.path, directory / entry.index
     faults = list(_verify_file(path, entry.sha256, entry.bytes))
-    index_faults = list(_verify_file(index, entry.index_sha256))
+    index_faults = list(_verify_file(index, entry.index_sha256, most=MAX_INDEX_BYTES))
     faults += index_faults
     if not path.is_file():
         return faults
@@ -85,11 +85,14 @@ def verify_shard(directory: Path, entry: ShardEntry, labels: Sequence[str] | Non
     return faults
 
 
-def _verify_file(path: Path, sha256: str, size: int | None = None) -> Iterator[str]:
+def _verify_file(path: Path, sha256: str, size: int | None = None, most: int | None = None) -> Iterator[str]:
+    """Yield a message if a file differs from the manifest; one of more than `most` bytes is not read."""
     try:
         actual_size = path.stat().st_size
         if size is not None and actual_size != size:
             yield f"{path} has {actual_size} bytes, but {size} in the manifest (truncated or changed): {CURE}"
+        elif most is not None and actual_size > most:
+            yield f"{path} has {actual_size} bytes, more than the {most} that such a file may have: {CURE}"
         elif sha256_of(path) != sha256:
             yield f"{path} has another sha256 than in the manifest (damaged or changed): {CURE}"
     except FileNotFoundError:

@@ -45,6 +45,14 @@ def test_a_flipped_bit_in_an_index_is_reported(copy: Path, offset: int) -> None:
     assert f"{index} has another sha256" in fault
 
 
+def test_an_index_beyond_all_sizes_is_not_read(copy: Path) -> None:
+    index = copy / f"{SHARD}.index.npy"
+    with index.open("r+b") as file:
+        file.truncate(2**42)
+    (fault,) = faults(copy)
+    assert f"{index} has {2**42} bytes, more than the {2**30}" in fault
+
+
 def test_missing_files_are_reported(copy: Path) -> None:
     other = next(path for path in sorted(copy.glob("*.tar")) if path.stem > SHARD)
     (copy / f"{SHARD}.index.npy").unlink()
