@@ -28,7 +28,7 @@ from gpdit_lightning.imports import import_path
 from gpdit_lightning.options.ablate import AblateOptions
 from gpdit_lightning.options.shared import RecipeOptions
 from gpdit_lightning.schema import COUNT, MAX_JSON_BYTES, OBJECT, check, parse_json
-from gpdit_lightning.training.callbacks.ablation import KEY, AblationRecord, StepSeconds
+from gpdit_lightning.training.callbacks.ablation import AblationRecord, StepSeconds, record_in
 
 RECORD, LOCK = "ablation.json", "lock"
 # Options that the budget, the seeds and the folder determine.
@@ -126,7 +126,7 @@ class Ablation:
         if last is None or arm.costs is None:
             return None
         checkpoint = open_checkpoint(last)
-        return dict(checkpoint.content[KEY]) if checkpoint.step >= arm.costs.steps else None
+        return record_in(checkpoint.content, str(last)) if checkpoint.step >= arm.costs.steps else None
 
 
 def plain(settings: Namespace | None) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.evaluation.report import Protocol, Report
-from gpdit_lightning.evaluation.report_text import TABLES, plot_self_checks, write_report
+from gpdit_lightning.evaluation.report_text import RESULTS, TABLES, plot_self_checks, to_markdown, write_report
 from gpdit_lightning.files import atomic_write, process_lock, read_bounded
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.evaluate import EvaluateOptions
@@ -41,10 +42,26 @@ def are_finished(files: Iterable[Path]) -> bool:
     return False
 
 
+def is_written(out: Path) -> bool:
+    """Return whether a folder has a report whose two files agree; a warning says if they do not."""
+    if not (out / TABLES).exists():  # this file is written last
+        return False
+    try:
+        text = to_markdown(Report.load(out / RESULTS)).encode("utf-8", "backslashreplace")
+        agrees = text == read_bounded(out / TABLES)
+    except TransientError:
+        raise
+    except InputError:
+        agrees = False
+    if not agrees:
+        log.warning("%s and %s do not agree: they are computed again", out / RESULTS, TABLES)
+    return agrees
+
+
 def write_and_print_report(out: Path, compute: Callable[[], Report]) -> None:
-    """Write and print the report of a folder; compute it unless it exists. Only one process does so at a time."""
+    """Write and print the report of a folder; compute it unless it is written. Only one process does so at a time."""
     with suppress(BlockingIOError), process_lock(out / LOCK):
-        if not (out / TABLES).exists():  # this file is written last
+        if not is_written(out):
             report = compute()
             if report.self_checks:
                 plot_self_checks(report, out / "self_checks.png")

@@ -65,6 +65,7 @@ REPLACED: dict[str, str] = {name: instead for name, (_, instead) in FIXED.items(
     "sync_batchnorm": "leave it out, since the model has no batch normalization",
     "val_check_interval": "set validate_every_steps, in optimizer steps",
 }
+MAX_STEPS = 2**40  # the number of their micro-batches fits into 64 bits
 # Values of REPLACED settings in the config.yaml of earlier runs; the other settings have Lightning's defaults there.
 EARLIER_DEFAULTS = {"check_val_every_n_epoch": None, "use_distributed_sampler": False}
 LIGHTNING_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(Trainer).parameters.items()}
@@ -268,8 +269,8 @@ def check_trainer(settings: Mapping[str, Any], max_ranks: int) -> None:
     if clip is not None and not clip >= 0:
         raise InputError(f"trainer.gradient_clip_val is {clip}: give a positive number, or null for no clipping.")
     for name, least in (("max_steps", 0), ("min_steps", 0), ("num_sanity_val_steps", -1)):
-        if settings[name] is not None and settings[name] < least:
-            raise InputError(f"trainer.{name} is {settings[name]}: give at least {least}.")
+        if settings[name] is not None and not least <= settings[name] <= MAX_STEPS:
+            raise InputError(f"trainer.{name} is {settings[name]}: give {least} to {MAX_STEPS:,}.")
 
 
 def check_seed(seed: Any) -> None:

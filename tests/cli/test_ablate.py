@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -19,7 +20,9 @@ from gpdit_lightning.cli import ablation, main, record_of
 from gpdit_lightning.cli.ablation import measured_step_seconds, read_ablation, record_ablation
 from gpdit_lightning.cli.ablation_report import interval, spread
 from gpdit_lightning.cli.parsing import parse
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.ablate import AblateOptions
+from gpdit_lightning.training.callbacks.ablation import record_in
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from tests.checkpoints.content import read_checkpoint
 
@@ -235,6 +238,23 @@ def test_budgets(base: Path, tmp_path: Path, budget: str, monkeypatch: pytest.Mo
 
 def test_the_trial_measures_a_step(base: Path) -> None:
     assert 0 < measured_step_seconds([f"--config={base}"]) < 2
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (None, "lacks the field ablation"),
+        ({"curve": []}, r"ablation.curve = \[\]; it must be a non-empty list"),
+        ({"curve": [["a", 1.0, 1.0]]}, r"ablation.curve\[0\] = .* it must be an optimizer step, a loss and seconds"),
+        ({"seconds": "x"}, "ablation.seconds = 'x'; it must be a finite number"),
+    ],
+)
+def test_checkpoints_without_a_record_are_named(record: dict[str, Any] | None, words: str) -> None:
+    valid = {"curve": [[1, math.nan, 0.5]], "seconds": 0.5, "peak_memory_gib": 0.1}
+    assert record_in({"ablation": valid}, "step-1.ckpt") == valid
+    content = {} if record is None else {"ablation": valid | record}
+    with pytest.raises(InputError, match=f"step-1.ckpt .*{words}.*move its run folder away"):
+        record_in(content, "step-1.ckpt")
 
 
 def test_statistics_over_seeds() -> None:

@@ -115,6 +115,7 @@ def backbone(**fields: Any) -> dict[str, Any]:
         ({"trainer": {"devices": 1000}}, ["trainer.devices is 1000: give 1 to 1, or raise data.max_ranks"]),
         ({"trainer": {"devices": 2**62}}, ["trainer.devices is 4611686018427387904"]),
         ({"trainer": {"max_steps": -1}}, ["trainer.max_steps is -1"]),
+        ({"trainer": {"max_steps": 2**62}}, [f"trainer.max_steps is {2**62}: give 0 to"]),
         ({"trainer": {"max_time": {}}}, ["trainer.max_time is {}"]),
         ({"trainer": {"max_time": "1h"}}, ["trainer.max_time is '1h': give a time, as DD:HH:MM:SS"]),
         ({"trainer": {"max_time": 3}}, ["trainer.max_time is 3; it must be a string"]),

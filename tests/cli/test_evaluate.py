@@ -316,6 +316,20 @@ def test_a_deleted_chunk_and_the_report_are_computed_again(command: list[str], f
     assert all(torch.equal(values, expected[key]) for key, values in load_file(chunk).items())
 
 
+@pytest.mark.parametrize("damaged", [("results.json", None), ("results.json", b"{}"), ("results.md", b"")])
+def test_a_report_whose_files_do_not_agree_is_computed_again(
+    damaged: tuple[str, bytes | None], command: list[str], finished: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    name, content = damaged
+    (out / name).unlink()
+    if content is not None:
+        (out / name).write_bytes(content)
+    assert evaluate(command, out) == 0
+    assert report_without_date(out) == report_without_date(finished)
+    assert (out / "results.md").stat().st_size > 0
+
+
 def test_seeds_give_a_mean_and_a_deviation(command: list[str], finished: Path, tmp_path: Path) -> None:
     assert evaluate(command, tmp_path / "both", "--seeds", "0", "4") == 0
     assert evaluate(command, tmp_path / "second", "--seeds=4") == 0

@@ -1,7 +1,7 @@
 """The record of a run of an ablation: its validation loss by step, on batches that all runs share, and its costs."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,11 +15,33 @@ from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.model.layout import count_blocks
+from gpdit_lightning.schema import NUMBER, Constraint, check
 from gpdit_lightning.training.callbacks.held_out import StepInterval, averaged_backbone
 from gpdit_lightning.training.callbacks.metrics import LossTable, log_scalars
 from gpdit_lightning.training.callbacks.throughput import peak_memory_gib, reset_peak_memory
 
 KEY = "ablation"  # of the record in a checkpoint
+
+
+POINT = Constraint(
+    "an optimizer step, a loss and seconds",
+    lambda value: isinstance(value, list) and len(value) == 3 and all(type(part) in (int, float) for part in value),
+)
+SCHEMA = {"curve": [POINT], "seconds": NUMBER, "peak_memory_gib": NUMBER}
+
+
+def record_in(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the record of :class:`AblationRecord` in the content of a checkpoint.
+
+    Args:
+        content: of the checkpoint.
+        name: of the checkpoint, for the message.
+
+    Raises:
+        InputError: there is none, or it has other fields.
+    """
+    cure = "it is of a run outside of an ablation; move its run folder away, so that the run is trained again"
+    return dict(check(content, {KEY: SCHEMA}, "", name, cure)[KEY])
 
 
 class AblationRecord(Callback):
@@ -102,7 +124,7 @@ class AblationRecord(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the record from a checkpoint."""
-        record = checkpoint[KEY]
+        record = record_in(checkpoint, "the checkpoint to resume from")
         self._curve = [(int(step), float(loss), float(seconds)) for step, loss, seconds in record["curve"]]
         self._seconds, self._peak_memory_gib = record["seconds"], record["peak_memory_gib"]
 
