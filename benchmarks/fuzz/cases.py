@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from benchmarks.fuzz.damage import Damage, damage_bytes, exchange_files, replace_path
+from benchmarks.fuzz.events import damage_events
 from benchmarks.fuzz.headers import (
     damage_media,
     damage_npy,
@@ -20,6 +21,7 @@ from benchmarks.fuzz.headers import (
 )
 from benchmarks.fuzz.processes import HARNESS_ERROR, Ended, Job, Limits, run_jobs
 from benchmarks.fuzz.targets import KINDS, TARGETS, Target, uses_marked_frames
+from benchmarks.fuzz.texts import damage_text
 from benchmarks.fuzz.values import damage_values
 from gpdit_lightning.files import sha256_of
 
@@ -82,7 +84,7 @@ class Case:
         self.kind = kind_of(number)
         self._numbers = random.Random(number)
         self.target = self._numbers.choice(targets[self.kind])
-        files = sorted({path for pattern in self.target.files for path in corpus.glob(pattern)})
+        files = sorted({path for pattern in self.target.files for path in corpus.glob(pattern) if path.is_file()})
         self.file = self._numbers.choice(files).relative_to(corpus)
         self._similar = [path.relative_to(corpus) for path in files if path.suffix == self.file.suffix]
         self.damage = Damage("nothing", ())
@@ -92,7 +94,7 @@ class Case:
     def arguments(self) -> list[str]:
         """The command line."""
         shard = str(self.file).replace(".index.npy", ".tar")
-        return [word.format(file=self.file, shard=shard) if "{" in word else word for word in self.target.arguments]
+        return [word.replace("{file}", str(self.file)).replace("{shard}", shard) for word in self.target.arguments]
 
     def job(self, is_damaged: bool) -> Job:
         """Return the job that runs the command on undamaged or damaged files."""
@@ -151,12 +153,15 @@ def special_damage(path: Path) -> Callable[[Path, Sequence[Path], random.Random]
     if path.name.startswith("part-") and path.suffix == ".safetensors":  # not a record of a preparation
         return damage_part
     if path.suffix in (".json", ".complete", ".yaml"):
-        return _damage_text
+        return _damage_tree
+    if path.name.startswith("events."):
+        return damage_events
     operators = {".npy": damage_npy, ".tar": damage_tar, ".safetensors": damage_safetensors, ".jsonl": _damage_lines}
+    operators |= dict.fromkeys((".txt", ".csv", ".tsv", ".md"), damage_text)
     return operators.get(path.suffix, damage_media)
 
 
-def _damage_text(path: Path, siblings: Sequence[Path], numbers: random.Random) -> Damage:
+def _damage_tree(path: Path, siblings: Sequence[Path], numbers: random.Random) -> Damage:
     content, description = damage_values(path.read_bytes(), numbers, is_yaml=path.suffix == ".yaml")
     path.write_bytes(content)
     return Damage(f"{description}: {path.name}", (path,))

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,14 @@ import numpy as np
 import yaml
 from PIL import Image, ImageCms
 
+from benchmarks.fuzz.networks import ClipColours
 from benchmarks.fuzz.parts import publish_in_parts
+from benchmarks.fuzz.texts import LABELS, SYNSETS, annotation_files
 from gpdit_lightning.checkpoints.files import checkpoint_path, remove_checkpoint
 from gpdit_lightning.cli import main as command
+from gpdit_lightning.cli.diagnose import read_run
+from gpdit_lightning.diagnosis.references import HealthyRun, Reference, recorded, write_reference
+from gpdit_lightning.imports import import_path
 
 SIDE, FRAMES, FPS = 64, 21, 24
 # File -> encoder, pixel format and options. Packets are small, with key frames and frames that depend on later ones.
@@ -49,6 +55,19 @@ PREPARE = (
 )
 PAIRS = ("--task=grayscale", "--size=64x64", "--codec=pca", "--device=cpu")
 SAMPLE = ("--context_frames=5", "--frames=4", "--steps=1", "--device=cpu")
+EVALUATE = (
+    *("evaluate", "--checkpoint=model", "--videos=videos", "--device=cpu", "--chunk=4"),
+    *("--context_frames=5", "--generated_frames=4", "--steps=1", "--self_check_videos=0"),
+)
+SCORE_SAMPLES = (
+    *("evaluate", "--checkpoint=model", "--device=cpu", "--chunk=4", "--context_frames=0", "--samples=5", "--steps=1"),
+    *("--self_check_videos=0", f"--video_network.kind={import_path(ClipColours)}"),
+)
+FEATURES = ("features", "--videos=videos", "--device=cpu")
+ABLATE = (
+    *("ablate", "--config=recipe.yaml", "--trainer.max_steps=1", "--seeds=[0]", "--validations=1", "--out=ablation"),
+    "--arms={a: {}, b: {model.init_args.optimizer.learning_rate: 0.02}}",
+)
 BASE_RECIPE: dict[str, Any] = {
     "seed_everything": 3,
     "runs": "runs",
@@ -84,10 +103,9 @@ FEW_SHOT = ("--model=FewShotStage", "--trainer.max_steps=1", "--data.sequences.b
 
 
 def make_corpus(folder: Path) -> None:
-    """Write all undamaged files to an empty folder; takes eight seconds.
+    """Write all undamaged files to an empty folder; takes twelve seconds.
 
-    The commands run in this process, so that processes which are forked later have imported all that they need. Their
-    paths are absolute, so that no cache of this process applies to the relative paths in the forked processes.
+    The commands run in this process, so that processes which are forked later have imported all that they need.
     """
     (folder / "videos").mkdir()
     (folder / "images").mkdir()
@@ -99,7 +117,7 @@ def make_corpus(folder: Path) -> None:
     for number, (name, settings) in enumerate(IMAGES.items()):
         image = Image.fromarray(_moving_texture(20 + number)[0])
         image.save(folder / "images" / name, icc_profile=profile, exif=exif, **settings)
-    _write_tar(folder)
+    _write_tars(folder)
     (folder / "base.yaml").write_text(yaml.safe_dump(BASE_RECIPE))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     latents, run, model = folder / "latents", folder / "run", folder / "model"
@@ -117,6 +135,22 @@ def make_corpus(folder: Path) -> None:
     run_quietly(["inspect", str(latents), "--verify", "--workers=1"])
     context = f"--context={folder}/videos/a.mp4"
     run_quietly(["sample", f"--checkpoint={model}", context, *SAMPLE, f"--out={folder}/sample.safetensors"])
+    (folder / "annotations").mkdir()
+    for name, text in annotation_files().items():
+        (folder / "annotations" / name).write_text(text)
+    with contextlib.chdir(folder):  # the same words as of the commands that read the results again
+        _write_results()
+
+
+def _write_results() -> None:
+    """Write the results of commands that read them again, in the current folder."""
+    run_quietly([*EVALUATE, "--out=evaluation"])
+    run_quietly([*SCORE_SAMPLES, "--videos=videos", "--out=scores"])
+    run_quietly([*FEATURES, "--checkpoint=model", "--out=features"])
+    run_quietly(ABLATE)
+    run_quietly(["diagnose", "run", "--out=diagnosis.png"])
+    runs = [(HealthyRun(3, "", "", "", recorded(read_run(Path("run"))[0])))]
+    write_reference(Reference("reference", "a run", read_run(Path("run"))[1], runs), Path("reference.json"))
 
 
 def _write_sharded_run(run: Path, copy: Path) -> None:
@@ -158,12 +192,27 @@ def _write_video(path: Path, frames: np.ndarray, encoder: str, pixel_format: str
         container.mux(stream.encode(None))
 
 
-def _write_tar(folder: Path) -> None:
-    """Write the images as a WebDataset tar with captions."""
+def _write_tars(folder: Path) -> None:
+    """Write images as WebDataset tars with captions, or with classes and records, and as ImageNet's tar of tars."""
     (folder / "tars").mkdir()
-    with tarfile.open(folder / "tars" / "images.tar", "w") as tar:
-        for number, name in enumerate(("a.png", "b.jpg", "d.webp")):
-            for ending, content in ((name[1:], (folder / "images" / name).read_bytes()), (".txt", b"a texture")):
-                member = tarfile.TarInfo(f"{number:05d}{ending}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    images = [(name[1:], (folder / "images" / name).read_bytes()) for name in ("a.png", "b.jpg", "d.webp")]
+    captioned, labelled, classes = [], [], []
+    for number, (ending, content) in enumerate(images):
+        name, record = f"{number:05d}", {"caption": f"texture {number}", "width": SIDE, "url": "http://localhost:1/a"}
+        captioned += [(f"{name}{ending}", content), (f"{name}.txt", b"a texture")]
+        labelled += [(f"{name}{ending}", content), (f"{name}.cls", b"%d" % (number % 2))]
+        labelled.append((f"{name}.json", json.dumps(record).encode()))
+        inner = _tar([(f"{LABELS[number % 2]}_{number}{ending}", content)])
+        classes.append((f"{SYNSETS[0][:-1]}{number}.tar", inner))
+    for name, members in (("images", captioned), ("labelled", labelled), ("classes", classes)):
+        (folder / "tars" / f"{name}.tar").write_bytes(_tar(members))
+
+
+def _tar(members: Sequence[tuple[str, bytes]]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()

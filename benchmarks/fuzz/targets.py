@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.fuzz.corpus import PAIRS, PREPARE, SAMPLE
+from benchmarks.fuzz.corpus import ABLATE, EVALUATE, FEATURES, PAIRS, PREPARE, SAMPLE, SCORE_SAMPLES
 from gpdit_lightning.app.uploads import UploadLimits, read_upload
 from gpdit_lightning.cli import main as command
 from gpdit_lightning.data.manifest import Manifest
@@ -63,11 +63,11 @@ def trained_weights(run: str = OUT) -> str:
     return state_sha256(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
 
 
-def written_files() -> dict[str, str]:
+def written_files(folder: str = OUT) -> dict[str, str]:
     """Return the hashes of the files in the output folder, or of the file."""
-    out = Path(OUT)
+    out = Path(folder)
     files = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith((".", "README"))]
-    return {str(path): content_sha256(path) for path in files or [next(Path().glob(f"{OUT}.*"))]}
+    return {str(path): content_sha256(path) for path in files or [next(Path().glob(f"{folder}.*"))]}
 
 
 def content_sha256(path: Path) -> str:
@@ -84,9 +84,15 @@ def state_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def evaluated() -> Any:
-    """Return the report of an evaluation."""
-    return json.loads(Path(OUT, "results.json").read_text())["scores"]
+def evaluated(folder: str = OUT) -> Any:
+    """Return the scores of an evaluation, and what its tables show."""
+    return json.loads(Path(folder, "results.json").read_text())["scores"], Path(folder, "results.md").read_text()
+
+
+def ablated() -> Any:
+    """Return the results of an ablation without its times."""
+    arms = json.loads(Path("ablation", "results.json").read_text())["arms"]
+    return [[arm["name"], arm["overrides"], arm["steps"], arm["loss"]] for arm in arms]
 
 
 def planned() -> Any:
@@ -105,6 +111,17 @@ def prepared(folder: str = OUT) -> dict[str, str]:
             name = f"{metadata['source']} {metadata.get('first_frame')}"
             samples[f"{name} again" if name in samples else name] = hashlib.sha256(latents.tobytes()).hexdigest()
     return samples
+
+
+def annotated() -> dict[str, Any]:
+    """Return split, label and caption of every sample of a folder, by its source."""
+    manifest, found = Manifest.load(OUT), dict[str, Any]()
+    for entry in manifest.shards:
+        reader = ShardReader(manifest.directory, entry)
+        for number in range(len(reader)):
+            metadata = reader.read(number)[1]
+            found[metadata["source"]] = [entry.split, metadata.get("label"), metadata.get("caption")]
+    return found
 
 
 def upload(arguments: Sequence[str]) -> int:
@@ -150,11 +167,6 @@ def _identity(frame: "av.VideoFrame") -> tuple[int | None, str]:
 FIT = ("fit", "--config=recipe.yaml", f"--run_dir={OUT}")
 VALIDATE = ("validate", "--config=recipe.yaml", "--run_dir=run")
 VERIFY = ("inspect", "latents", "--verify", "--workers=1")
-FEATURES = ("features", "--videos=videos", f"--out={OUT}", "--device=cpu")
-EVALUATE = (
-    *("evaluate", "--checkpoint=model", "--videos=videos", f"--out={OUT}", "--device=cpu"),
-    *("--context_frames=5", "--generated_frames=4", "--steps=1", "--self_check_videos=0"),
-)
 SAMPLED = ("sample", "--frames=5", "--steps=1", "--device=cpu", f"--out={OUT}.safetensors")
 CONTINUED = ("sample", "--checkpoint=model", *SAMPLE, f"--out={OUT}.safetensors")
 PREPARED = ("prepare", f"--out={OUT}", *PREPARE)
@@ -198,7 +210,7 @@ def _models(files: Sequence[str], name: str) -> tuple[Target, ...]:
     checkpoint, initial = f"--checkpoint={name}", f"--model.init_args.initial_weights={name}"
     return (
         Target("sample", files, (name,), (*SAMPLED, checkpoint), written_files),
-        Target("features", files, (name, "videos"), (*FEATURES, checkpoint), written_files),
+        Target("features", files, (name, "videos"), (*FEATURES, checkpoint, f"--out={OUT}"), written_files),
         Target("initial weights", files, (*DATA, name), (*FIT, initial), trained_weights),
     )
 
@@ -217,7 +229,7 @@ def _checkpoints(run: str) -> tuple[Target, ...]:
 
 def _exports() -> tuple[Target, ...]:
     targets = _models(("model/model.safetensors", "model/config.json"), "model")
-    return (*targets, Target("evaluate", targets[0].files, ("model", "videos"), EVALUATE, evaluated))
+    return (*targets, Target("evaluate", targets[0].files, ("model", "videos"), (*EVALUATE, f"--out={OUT}"), evaluated))
 
 
 def _recipes() -> tuple[Target, ...]:
@@ -227,6 +239,74 @@ def _recipes() -> tuple[Target, ...]:
         Target("fit --print_config", files, DATA, ("fit", recipe, "--print_config"), None),
         Target("estimate", files, DATA, ("estimate", recipe), None),
         Target("validate", files, (*DATA, "run"), VALIDATE, None),
+    )
+    return tuple(replace(target, covered=False) for target in targets)
+
+
+def _annotations() -> tuple[Target, ...]:
+    needs = ("annotations", "images")
+    prepare = (*PREPARED, "--images=images")
+    folder = "annotations"
+    ucf = tuple(f"{folder}/{name}.txt" for name in ("trainlist01", "testlist01", "classInd"))
+    kit = tuple(f"{folder}/{name}.txt" for name in ("map_clsloc", "truth", "synset_words"))
+    kaggle = tuple(f"{folder}/{name}" for name in ("synset_words.txt", "val.txt", "LOC_val_solution.csv"))
+    tables = (f"{folder}/rows.*", f"{folder}/*.json")
+    targets = (
+        Target("prepare by a table", tables, needs, (*prepare, "--annotations={file}"), annotated),
+        Target("prepare by lists", ucf, needs, (*prepare, "--annotations", *ucf), annotated),
+        Target("prepare by ImageNet's kit", kit, needs, (*prepare, "--annotations", *kit), annotated),
+        Target("prepare by Kaggle's lists", kaggle, needs, (*prepare, "--annotations", *kaggle), annotated),
+        Target("prepare a list", (f"{folder}/images.txt",), needs, (*PREPARED, "--images={file}"), annotated),
+        Target(
+            "prepare labelled tars", ("tars/*",), ("tars",), (*PREPARED, "--labels", "--image_tars=tars"), annotated
+        ),
+    )
+    return tuple(replace(target, covered=False) for target in targets)
+
+
+def _curves() -> tuple[Target, ...]:
+    """Return the readers of the curves of runs and of references."""
+    run, needs = ("run/events*", "run/config.yaml"), ("run", "reference.json")
+    diagnose = ("diagnose", "run", f"--out={OUT}.png")
+    of_runs = ("diagnose", "run", "--reference", "sharded_run", f"--out={OUT}.png")
+    targets = (
+        Target("diagnose", run, needs, diagnose, None),
+        Target("diagnose by a file", ("reference.json",), needs, (*diagnose, "--reference=reference.json"), None),
+        Target("diagnose by a run", ("sharded_run/events*",), ("run", "sharded_run"), of_runs, None),
+    )
+    return tuple(replace(target, covered=False) for target in targets)
+
+
+def _results() -> tuple[Target, ...]:
+    """Return the commands that read results of earlier ones again."""
+    data, again = ("model", "videos"), ("evaluation/*", "evaluation/chunks/*")
+    scores = ("scores/*", "scores/chunks/*", "scores/reference/*")
+    new = (*SCORE_SAMPLES, "--reference=scores/reference.safetensors", f"--out={OUT}")
+    ablation = (*DATA, "ablation")
+    targets = (
+        Target(
+            "evaluate again",
+            again,
+            (*data, "evaluation"),
+            (*EVALUATE, "--out=evaluation"),
+            partial(evaluated, "evaluation"),
+        ),
+        Target(
+            "score samples again",
+            scores,
+            (*data, "scores"),
+            (*SCORE_SAMPLES, "--videos=videos", "--out=scores"),
+            partial(evaluated, "scores"),
+        ),
+        Target("score by a reference", ("scores/reference.safetensors",), ("model", "scores"), new, evaluated),
+        Target(
+            "features again",
+            ("features/*",),
+            (*data, "features"),
+            (*FEATURES, "--checkpoint=model", "--out=features"),
+            partial(written_files, "features"),
+        ),
+        Target("ablate again", ("ablation/*.*",), ablation, ABLATE, ablated),
     )
     return tuple(replace(target, covered=False) for target in targets)
 
@@ -246,8 +326,10 @@ def _media() -> tuple[Target, ...]:
         Target(
             "upload", (*videos, *images), both, ("upload", "{file}"), written_files, is_uploaded=True, command=upload
         ),
-        Target("evaluate", videos, ("videos", "model"), EVALUATE, evaluated),
-        Target("features", videos, ("videos", "model"), (*FEATURES, "--checkpoint=model"), written_files),
+        Target("evaluate", videos, ("videos", "model"), (*EVALUATE, f"--out={OUT}"), evaluated),
+        Target(
+            "features", videos, ("videos", "model"), (*FEATURES, "--checkpoint=model", f"--out={OUT}"), written_files
+        ),
     )
     return tuple(replace(target, covered=False) for target in targets)
 
@@ -261,5 +343,8 @@ TARGETS: Mapping[str, Sequence[Target]] = {
     "exports": _exports(),
     "recipes": _recipes(),
     "media": _media(),
+    "annotations": _annotations(),
+    "curves": _curves(),
+    "results": _results(),
 }
 KINDS = tuple(TARGETS)
