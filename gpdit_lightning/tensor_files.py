@@ -6,6 +6,8 @@ Bytes are read by ordinary calls of the system. An error of the disk, or a file 
 exception; in memory-mapped files it is SIGBUS, which ends the process without a message.
 """
 
+import hashlib
+import json
 import math
 import os
 import struct
@@ -17,6 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
@@ -26,6 +29,7 @@ from gpdit_lightning.schema import parse_json, shown
 
 MAX_HEADER_BYTES = 2**22  # some 30,000 tensors
 MAX_AXES = 64
+CHECKSUM = "sha256"  # key of the metadata
 CHUNK = 2**26  # bytes of one call of the system
 
 DTYPES = {
@@ -282,6 +286,48 @@ def npy_layout(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], int]:
 def read_safetensors(path: Path, cure: str) -> dict[str, Tensor]:
     """Read all tensors of a safetensors file into host memory; arguments and errors as of `safetensors_header`."""
     return {name: tensor.read() for name, tensor in safetensors_header(path, cure)[0].items()}
+
+
+def save_with_checksum(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with a checksum of its tensors and its metadata, for :func:`read_with_checksum`."""
+    save_file(dict(tensors), path, {**metadata, CHECKSUM: _content_sha256(tensors, metadata)})
+
+
+def read_with_checksum(
+    path: Path, keys: Sequence[str], cure: str, optional: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a file of :func:`save_with_checksum` into host memory, and compare its content with its checksum.
+
+    Args:
+        path: the file.
+        keys: of its metadata.
+        cure: what the user should do about a damaged file, for messages.
+        optional: whether the checksum may be missing, as in a file of an earlier version.
+
+    Returns:
+        the tensors by name, and the metadata.
+
+    Raises:
+        InputError: as :func:`safetensors_header`; or the metadata have other keys, or the checksum differs.
+        TransientError: it could not be read for a reason other than its content.
+    """
+    stored, metadata = safetensors_header(path, cure)
+    checksum = metadata.pop(CHECKSUM, None)
+    if metadata.keys() != set(keys) or (checksum is None and not optional):
+        wanted = ", ".join([*keys, *([] if optional else [CHECKSUM])])
+        raise InputError(f"{path} is damaged, or of another version (its metadata are not {wanted}): {cure}.")
+    tensors = {name: tensor.read() for name, tensor in stored.items()}
+    if checksum is not None and checksum != _content_sha256(tensors, metadata):
+        raise InputError(f"{path} is damaged (its content is not that of its checksum): {cure}.")
+    return tensors, metadata
+
+
+def _content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def check_finite(tensors: Mapping[str, Any], owner: str, cure: str) -> None:

@@ -34,6 +34,7 @@ OUT_OF_MEMORY = ("memory ran out", "MemoryError")
 CONTENT_HASH = "content_sha256"  # field of a file with the hash of its other fields
 UNEXPECTED = "this is a fault of"  # in the message of an exception that no part of the library expects
 TRACEBACK = "Traceback (most recent call last)"
+MIN_HEADER_BYTES = 8  # of a file with a header that can be damaged
 STATUS_OF_FAULTS = 1  # of `inspect --verify`
 
 
@@ -158,7 +159,7 @@ def special_damage(path: Path) -> Callable[[Path, Sequence[Path], random.Random]
         return damage_events
     operators = {".npy": damage_npy, ".tar": damage_tar, ".safetensors": damage_safetensors, ".jsonl": _damage_lines}
     operators |= dict.fromkeys((".txt", ".csv", ".tsv", ".md"), damage_text)
-    return operators.get(path.suffix, damage_media)
+    return operators.get(path.suffix, damage_media if path.stat().st_size > MIN_HEADER_BYTES else damage_bytes)
 
 
 def _damage_tree(path: Path, siblings: Sequence[Path], numbers: random.Random) -> Damage:

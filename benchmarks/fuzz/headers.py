@@ -143,7 +143,9 @@ def damage_safetensors(path: Path, siblings: Sequence[Path], numbers: random.Ran
             text = numbers.choice(("[" * 100_000, "{}", "[]", "null", text[:-1], text.replace(":", ": NaN,", 1)))
         path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + content[8 + length :])
     else:
-        path.write_bytes(save(_damaged_tensors(_tensors(path), kind, numbers)))
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        path.write_bytes(save(_damaged_tensors(_tensors(path), kind, numbers), metadata))
     return Damage(f"{kind}: tensors of {path.name}", (path,))
 
 

@@ -26,6 +26,7 @@ from gpdit_lightning.generation.pipeline import GPDiTPipeline
 from gpdit_lightning.media.containers import open_video
 from gpdit_lightning.media.decoding import decoded_frames
 from gpdit_lightning.names import printable
+from gpdit_lightning.probing.features import CHECKSUMS
 
 OUT = "out"
 
@@ -66,7 +67,7 @@ def trained_weights(run: str = OUT) -> str:
 def written_files(folder: str = OUT) -> dict[str, str]:
     """Return the hashes of the files in the output folder, or of the file."""
     out = Path(folder)
-    files = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith((".", "README"))]
+    files = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith((".", "README", CHECKSUMS))]
     return {str(path): content_sha256(path) for path in files or [next(Path().glob(f"{folder}.*"))]}
 
 
@@ -283,7 +284,7 @@ def _results() -> tuple[Target, ...]:
     scores = ("scores/*", "scores/chunks/*", "scores/reference/*")
     new = (*SCORE_SAMPLES, "--reference=scores/reference.safetensors", f"--out={OUT}")
     ablation = (*DATA, "ablation")
-    targets = (
+    return (
         Target(
             "evaluate again",
             again,
@@ -306,9 +307,8 @@ def _results() -> tuple[Target, ...]:
             (*FEATURES, "--checkpoint=model", "--out=features"),
             partial(written_files, "features"),
         ),
-        Target("ablate again", ("ablation/*.*",), ablation, ABLATE, ablated),
+        Target("ablate again", ("ablation/*.*",), ablation, ABLATE, ablated, covered=False),
     )
-    return tuple(replace(target, covered=False) for target in targets)
 
 
 def _media() -> tuple[Target, ...]:

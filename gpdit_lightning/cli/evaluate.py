@@ -27,7 +27,7 @@ from gpdit_lightning.cli.evaluation_settings import (
 )
 from gpdit_lightning.devices import available_device, rank_of_process
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.chunk_files import ChunkFiles, write_chunk
+from gpdit_lightning.evaluation.chunk_files import ChunkFiles, complete_chunks, write_chunk
 from gpdit_lightning.evaluation.chunks import (
     GROUND_TRUTH,
     evaluate_chunk,
@@ -55,7 +55,7 @@ def evaluate(options: EvaluateOptions) -> None:
     """Generate continuations or samples, compute the scores, and write and print the report.
 
     Under torchrun or srun the chunks are distributed over the processes, and the last process to finish writes the
-    report. A stopped command resumes: existing chunks are not computed again.
+    report. A stopped command resumes: complete chunks are not computed again.
 
     Raises:
         InputError: an option, the checkpoint, a network or the real data cannot be used, or `out` contains an
@@ -100,10 +100,10 @@ def evaluate_continuations(evaluation: Evaluation) -> None:
     )
 
     chunk_settings = settings_of_chunks(options, protocol)
-    ChunkFiles(sorted((out / CHUNKS).glob("*.safetensors")), chunk_settings)  # raises if settings differ
+    complete = complete_chunks(sorted((out / CHUNKS).glob("*.safetensors")), chunk_settings)
     chunks = split_into_chunks(selection, options.chunk, labels and labels.classes)
     files = {chunk: out / CHUNKS / f"{chunk.start:06d}.safetensors" for chunk in chunks}
-    missing = [chunk for chunk in chunks[rank::ranks] if not files[chunk].exists()]
+    missing = [chunk for chunk in chunks[rank::ranks] if files[chunk] not in complete]
     if missing:
         (out / TABLES).unlink(missing_ok=True)
     written = (GROUND_TRUTH, *map(seed_variant, settings.seeds))
@@ -114,7 +114,7 @@ def evaluate_continuations(evaluation: Evaluation) -> None:
             results = evaluate_chunk(chunk, settings, pipeline.model, pipeline.codec, networks, on_variant)
             write_chunk(files[chunk], *results, chunk_settings)
             bar.update(len(chunk.names))
-    if are_finished(files.values()):
+    if are_finished(list(files.values()), chunk_settings):
 
         def compute() -> Report:
             read = ChunkFiles(list(files.values()), chunk_settings)

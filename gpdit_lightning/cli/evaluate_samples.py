@@ -27,7 +27,7 @@ from gpdit_lightning.cli.evaluation_settings import (
 )
 from gpdit_lightning.devices import rank_of_process
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.chunk_files import ChunkFiles, write_chunk
+from gpdit_lightning.evaluation.chunk_files import ChunkFiles, complete_chunks, write_chunk
 from gpdit_lightning.evaluation.chunks import (
     measure_real,
     read_clips,
@@ -102,16 +102,16 @@ def evaluate_samples(evaluation: Evaluation) -> None:
         class_of = class_drawer(options.sample_labels, trained.classes, real.record.labels)
     protocol = protocol_of_samples(evaluation, real)
     chunk_settings = settings_of_chunks(options, protocol)
-    for folder in (REAL, SAMPLES):
-        ChunkFiles(sorted((out / folder).glob("*.safetensors")), chunk_settings)  # raises if settings differ
+    stored = (path for folder in (REAL, SAMPLES) for path in sorted((out / folder).glob("*.safetensors")))
+    complete = complete_chunks(stored, chunk_settings)
     real_files = {start: out / REAL / f"{start:06d}.safetensors" for start in real.chunks}
     chunks = split_samples(protocol.samples or 0, options.chunk, trained.classes, class_of)
     files = {chunk: out / SAMPLES / f"{chunk.numbers.start:06d}.safetensors" for chunk in chunks}
     kept = [name for chunk in chunks for name in chunk.names][: options.keep_videos]
     on_variant = video_writer(out / VIDEOS, map(seed_variant, settings.seeds), kept)
 
-    missing_real = [start for start in list(real.chunks)[rank::ranks] if not real_files[start].exists()]
-    missing = [chunk for chunk in chunks[rank::ranks] if not files[chunk].exists()]
+    missing_real = [start for start in list(real.chunks)[rank::ranks] if real_files[start] not in complete]
+    missing = [chunk for chunk in chunks[rank::ranks] if files[chunk] not in complete]
     if missing_real or missing:
         (out / TABLES).unlink(missing_ok=True)
     noun = f" {settings.medium}s"
@@ -127,7 +127,7 @@ def evaluate_samples(evaluation: Evaluation) -> None:
             names, results = evaluate_samples_of_chunk(chunk, settings, model, pipeline.codec, networks, on_variant)
             write_chunk(files[chunk], names, results, chunk_settings)
             bar.update(len(chunk.numbers))
-    if are_finished([*real_files.values(), *files.values()]):
+    if are_finished([*real_files.values(), *files.values()], chunk_settings):
         paths = list(real_files.values()), list(files.values())
         write_and_print_report(out, lambda: compute_report(out, real, protocol, *paths, chunk_settings, model.device))
 

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError, TransientError
+from gpdit_lightning.evaluation.chunk_files import complete_chunks
 from gpdit_lightning.evaluation.report import Protocol, Report
 from gpdit_lightning.evaluation.report_text import RESULTS, TABLES, plot_self_checks, to_markdown, write_report
 from gpdit_lightning.files import atomic_write, process_lock, read_bounded
@@ -34,9 +35,9 @@ def settings_of_chunks(options: EvaluateOptions, protocol: Protocol) -> dict[str
     return settings | {name: getattr(options, name) for name in ("chunk", "self_check_videos")}
 
 
-def are_finished(files: Iterable[Path]) -> bool:
-    """Return whether the files of all chunks exist; the log explains what follows if not."""
-    if all(path.exists() for path in files):
+def are_finished(files: Collection[Path], settings: Mapping[str, Any]) -> bool:
+    """Return whether the files of all chunks are complete; the log explains what follows if not."""
+    if all(path.exists() for path in files) and complete_chunks(files, settings) == set(files):
         return True
     log.info("this process has finished; the last one to finish writes the results (or run the same command again)")
     return False

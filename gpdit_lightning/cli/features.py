@@ -29,7 +29,14 @@ from gpdit_lightning.generation.settings import (
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.options.features import FeaturesOptions
 from gpdit_lightning.probing.encoder import clip_frames, first_layers, pooled_features
-from gpdit_lightning.probing.features import RECORD, SUFFIXES, FeatureRecord, is_complete, write_features
+from gpdit_lightning.probing.features import (
+    RECORD,
+    SUFFIXES,
+    FeatureChecksums,
+    FeatureRecord,
+    is_complete,
+    write_features,
+)
 from gpdit_lightning.progress import progress_bar
 from gpdit_lightning.workers import WorkerLoader
 
@@ -51,8 +58,12 @@ def features(options: FeaturesOptions) -> None:
     create_or_resume(options.out, record)
     usable = {name: path for name, path in videos.items() if has_short_name(record.path_of(options.out, name))}
     files = {name: record.path_of(options.out, name) for name in usable}
-    missing = {name: path for name, path in usable.items() if not is_complete(files[name], record)}
-    unreadable = extract(missing, trained, codec, record, options)
+    checksums = FeatureChecksums(options.out)
+    missing = {name: path for name, path in usable.items() if not is_complete(files[name], record, checksums)}
+    if not checksums.are_recorded:
+        for name in sorted(usable.keys() - missing.keys()):  # written by version 0.1.0
+            checksums.add(files[name])
+    unreadable = extract(missing, trained, codec, record, options, checksums)
     skipped = unreadable + len(videos) - len(usable)
     if skipped == len(videos):
         raise InputError(
@@ -185,6 +196,7 @@ def extract(
     codec: Codec,
     record: FeatureRecord,
     options: FeaturesOptions,
+    checksums: FeatureChecksums,
 ) -> int:
     """Write the features of videos; return the number of videos that could not be read."""
     backbone, skipped = trained.backbone, 0
@@ -202,7 +214,9 @@ def extract(
             if readable:
                 pooled = features_of_clips(torch.stack(list(readable.values())), trained, codec, record).cpu()
                 for name, values in zip(readable, pooled, strict=True):
-                    write_features(record.path_of(options.out, name), values, record)
+                    file = record.path_of(options.out, name)
+                    write_features(file, values, record)
+                    checksums.add(file)
             skipped += len(batch) - len(readable)
             bar.update(len(batch))
     return skipped

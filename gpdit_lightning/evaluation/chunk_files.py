@@ -1,20 +1,23 @@
 """Files with the results of chunks of videos, one file per chunk. All scores are computed from these files."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write
+from gpdit_lightning.errors import InputError, TransientError
+from gpdit_lightning.files import atomic_write, check_regular
 from gpdit_lightning.schema import TEXT, Constraint, check, parse_json
-from gpdit_lightning.tensor_files import safetensors_header
+from gpdit_lightning.tensor_files import read_with_checksum, safetensors_header, save_with_checksum
 
 CURE = "delete it and run the same command again"
+KEYS = ("names", "made_by")  # of the metadata
 NAMES = Constraint("a list of names", lambda value: isinstance(value, list) and all(map(TEXT.accepts, value)))
+
+log = logging.getLogger(__name__)
 
 
 def write_chunk(path: Path, names: Sequence[str], results: dict[str, Tensor], settings: Mapping[str, Any]) -> None:
@@ -27,7 +30,49 @@ def write_chunk(path: Path, names: Sequence[str], results: dict[str, Tensor], se
         settings: JSON values that the results depend on.
     """
     with atomic_write(path) as temporary:
-        save_file(results, temporary, metadata={"names": json.dumps(list(names)), "made_by": json.dumps(settings)})
+        save_with_checksum(temporary, results, {"names": json.dumps(list(names)), "made_by": json.dumps(settings)})
+
+
+def complete_chunks(paths: Iterable[Path], settings: Mapping[str, Any]) -> set[Path]:
+    """Return the files that exist and have the content that was written; warnings name the others that exist.
+
+    Raises:
+        InputError: one was computed with other settings, or is not a regular file.
+        TransientError: one could not be read for a reason other than its content.
+    """
+    complete = set[Path]()
+    for path in paths:
+        try:
+            check_regular(path)
+            _, _, stored = _read(path, "it is computed again")
+        except FileNotFoundError:
+            continue
+        except TransientError:
+            raise
+        except InputError as error:
+            if not path.is_file():
+                raise
+            log.warning("%s", error)
+            continue
+        _check_settings(path, settings, stored)
+        complete.add(path)
+    return complete
+
+
+def _read(path: Path, cure: str) -> tuple[set[str], list[str], Any]:
+    """Return the keys of the results, the names and the settings of a file, after its checksum was compared."""
+    tensors, metadata = read_with_checksum(path, KEYS, cure)
+    names, settings = (parse_json(metadata[key].encode(), str(path), cure) for key in KEYS)
+    return set(tensors), check(names, NAMES, "names", str(path), cure), settings
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any], stored: Any) -> None:
+    """Raise `InputError` unless the settings in a file are the given ones."""
+    for name, wanted, found in differences(json.loads(json.dumps(settings)), stored):
+        raise InputError(
+            f"{path} belongs to an evaluation with another {name} ({found}, not {wanted}): give another --out, or "
+            "remove that folder."
+        )
 
 
 class ChunkFiles:
@@ -48,20 +93,11 @@ class ChunkFiles:
         self.paths = paths
         self.names: list[str] = []
         self.keys: set[str] = set()
-        expected = json.loads(json.dumps(settings))
         for path in paths:
-            try:
-                tensors, metadata = safetensors_header(path, CURE)
-                names, stored = (parse_json(metadata[key].encode(), str(path), CURE) for key in ("names", "made_by"))
-            except KeyError as error:
-                raise InputError(f"{path} is damaged (it has no {error}): {CURE}.") from None
-            self.keys |= tensors.keys()
-            self.names += check(names, NAMES, "names", str(path), CURE)
-            for name, wanted, found in differences(expected, stored):
-                raise InputError(
-                    f"{path} belongs to an evaluation with another {name} ({found}, not {wanted}): give another --out, "
-                    "or remove that folder."
-                )
+            keys, names, stored = _read(path, CURE)
+            self.keys |= keys
+            self.names += names
+            _check_settings(path, settings, stored)
 
     def values(
         self, variant: str, quantity: str, position: int | None = None, limit_to: str | None = None

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
@@ -28,7 +27,13 @@ from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.retries import transient_error
 from gpdit_lightning.schema import OBJECT, SIZE, check, parse_json
-from gpdit_lightning.tensor_files import check_finite, npy_layout, safetensors_header
+from gpdit_lightning.tensor_files import (
+    check_finite,
+    npy_layout,
+    read_with_checksum,
+    safetensors_header,
+    save_with_checksum,
+)
 
 FILE = "reference.safetensors"
 RECORD = "gpdit_reference"  # key of the record in the metadata of the file
@@ -94,7 +99,8 @@ class Reference:
         samples = {quantity: moments.samples for quantity, moments in self.moments.items()}
         metadata = {RECORD: json.dumps(asdict(self.record)), "samples": json.dumps(samples)}
         with atomic_write(path) as temporary:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
+            on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+            save_with_checksum(temporary, on_cpu, metadata)
 
     @classmethod
     def load(cls, path: Path) -> "Reference":
@@ -103,15 +109,12 @@ class Reference:
         Raises:
             InputError: the file is missing, damaged, or another one.
         """
-        stored, metadata = safetensors_header(path, REMEDY)
-        tensors = {name: tensor.read() for name, tensor in stored.items()}
-        if RECORD not in metadata:
+        if RECORD not in safetensors_header(path, REMEDY)[1]:
             raise InputError(f"{path} contains no statistics of real images or videos: {REMEDY}.")
+        tensors, metadata = read_with_checksum(path, (RECORD, "samples"), REMEDY, optional=True)
         record = record_from_json(ReferenceRecord, metadata[RECORD], str(path), REMEDY)
         check_finite(tensors, str(path), REMEDY)
-        counts = check(
-            parse_json(metadata.get("samples", "").encode(), str(path), REMEDY), OBJECT, "", str(path), REMEDY
-        )
+        counts = check(parse_json(metadata["samples"].encode(), str(path), REMEDY), OBJECT, "", str(path), REMEDY)
         moments = {}
         for quantity, samples in counts.items():
             check(samples, SIZE, f"samples.{quantity}", str(path), REMEDY)

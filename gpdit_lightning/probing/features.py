@@ -6,14 +6,18 @@ are means over the frames at a position. Its CLIP features are float16 (100 + 25
 this library, a folder contains
 
     features.json    a `FeatureRecord`: the model and the settings of the features
+    features.sha256  the sha256 of each file of features, in lines as of `sha256sum`; the last line of a name is valid
     NAME.npy         float16 (temporal tokens + N, D), one per video; or NAME.pkl, which Video-ChatGPT reads
 
 Shapes: F latent frames, N tokens per frame, D hidden width.
 """
 
+import hashlib
+import io
 import json
 import logging
 import math
+import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -28,13 +32,14 @@ from torch.utils.data import Dataset
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.json_records import load_record
-from gpdit_lightning.files import BoundedReader, atomic_write
+from gpdit_lightning.files import BoundedReader, atomic_write, open_regular, read_bounded, sha256_of
 from gpdit_lightning.media.video import natural_sort_key
 from gpdit_lightning.retries import transient_error
 from gpdit_lightning.specs import CodecSpec
 from gpdit_lightning.tensor_files import npy_layout
 
-RECORD = "features.json"
+RECORD, CHECKSUMS = "features.json", "features.sha256"
+MAX_CHECKSUM_BYTES = 2**30  # of some millions of files
 SUFFIXES = {"npy": ".npy", "pickle": ".pkl"}  # by format
 REMEDY = "write the features again, or copy the whole folder"
 
@@ -137,6 +142,51 @@ class FeatureRecord:
         return Path(folder) / f"{name}{SUFFIXES[self.format]}"
 
 
+class FeatureChecksums:
+    """The sha256 of the files of features in a folder, to which a line is appended for each file that is written.
+
+    Args:
+        folder: with features.
+
+    Attributes:
+        are_recorded: whether the folder has such a file; those of version 0.1.0 have none.
+
+    Raises:
+        InputError: the file is not a regular file, or too large.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / CHECKSUMS
+        self._known = dict[bytes, bytes]()
+        self.are_recorded = self.path.exists()
+        for line in read_bounded(self.path, MAX_CHECKSUM_BYTES).split(b"\n") if self.are_recorded else ():
+            digest, _, name = line.removeprefix(b"\\").partition(b"  ")
+            self._known[name] = digest
+
+    def get(self, path: Path) -> str | None:
+        """Return the recorded sha256 of a file in the folder; None if there is none."""
+        digest = self._known.get(self._name(path))
+        return None if digest is None else digest.decode(errors="replace")
+
+    def add(self, path: Path) -> None:
+        """Record the sha256 of a file in the folder, after it was written."""
+        name, digest = self._name(path), sha256_of(path).encode()
+        self._known[name] = digest
+        escape = b"\\" if b"\\" in name else b""
+        with open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
+            # A process that was killed may have left a line without its end.
+            torn = file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+            file.write((b"\n" if torn else b"") + escape + digest + b"  " + name + b"\n")
+
+    def _name(self, path: Path) -> bytes:
+        """Return the name of a file within the folder, escaped as by `sha256sum`."""
+        name = os.fsencode(path.relative_to(self.folder).as_posix())
+        for character, escaped in ((b"\\", b"\\\\"), (b"\n", b"\\n"), (b"\r", b"\\r")):
+            name = name.replace(character, escaped)
+        return name
+
+
 class PortablePickler(pickle.Pickler):
     """Pickler of arrays for every version of numpy.
 
@@ -175,14 +225,15 @@ def write_features(path: Path, features: Tensor, record: FeatureRecord) -> None:
             np.save(file, values, allow_pickle=False)
 
 
-def is_complete(path: Path, record: FeatureRecord) -> bool:
+def is_complete(path: Path, record: FeatureRecord, checksums: FeatureChecksums) -> bool:
     """Return whether the features of a video are written; a warning names a file that is damaged.
 
-    Only header and size are read. Of pickled features, the least size is known.
+    In a folder without checksums, header and size are compared; of pickled features, the least size is known.
 
     Args:
         path: from `record.path_of`.
         record: of the folder.
+        checksums: of the folder.
 
     Raises:
         InputError: it is not a regular file.
@@ -202,17 +253,20 @@ def is_complete(path: Path, record: FeatureRecord) -> bool:
         raise
     except (ValueError, EOFError):
         complete = False
+    if complete and checksums.are_recorded:
+        complete = checksums.get(path) == sha256_of(path)
     if not complete:
         log.warning("%s is damaged: it is written again", path)
     return complete
 
 
-def read_features(path: Path, shape: tuple[int, int]) -> Tensor:
+def read_features(path: Path, shape: tuple[int, int], checksums: FeatureChecksums | None = None) -> Tensor:
     """Read the features of a video, float16 (temporal tokens + N, D); nothing is unpickled.
 
     Args:
         path: a `.npy` file.
         shape: expected shape, `FeatureRecord.shape`.
+        checksums: of the folder, with which the file is compared if it has any.
 
     Raises:
         InputError: the file is missing or damaged, or has another shape or type.
@@ -226,7 +280,10 @@ def read_features(path: Path, shape: tuple[int, int]) -> Tensor:
                     "again."
                 )
             file.seek(0)
-            return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
+            content = file.read()
+        if checksums and checksums.are_recorded and checksums.get(path) != hashlib.sha256(content).hexdigest():
+            raise InputError(f"{path} is not the file whose sha256 {CHECKSUMS} has: remove it and write it again.")
+        return torch.from_numpy(np.lib.format.read_array(io.BytesIO(content), allow_pickle=False))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: write the features of its video, or leave it out.") from None
     except InputError:
@@ -258,6 +315,7 @@ class VideoFeatures(Dataset[Tensor]):
     def __init__(self, folder: str | Path, **expected: Any) -> None:
         self.folder = Path(folder)
         self.record = FeatureRecord.load(folder)
+        self._checksums = FeatureChecksums(self.folder)
         self.record.check(expected, folder)
         if self.record.format != "npy":
             raise InputError(
@@ -275,4 +333,4 @@ class VideoFeatures(Dataset[Tensor]):
     def __getitem__(self, video: int | str) -> Tensor:
         """Return the features of a video by index or name; raises as :func:`read_features`."""
         name = self.names[video] if isinstance(video, int) else video
-        return read_features(self.record.path_of(self.folder, name), self.record.shape)
+        return read_features(self.record.path_of(self.folder, name), self.record.shape, self._checksums)

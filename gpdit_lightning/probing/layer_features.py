@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,16 +23,16 @@ from gpdit_lightning.codecs import Codec
 from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.evaluation.videos import read_clip
-from gpdit_lightning.files import atomic_write
+from gpdit_lightning.files import atomic_write, check_regular
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.progress import progress_bar
 from gpdit_lightning.schema import COUNT, LIST, Constraint, check, parse_json
-from gpdit_lightning.tensor_files import safetensors_header
+from gpdit_lightning.tensor_files import read_with_checksum, save_with_checksum
 
 log = logging.getLogger(__name__)
 
-COMPUTE_AGAIN = "remove it, and run the same command again"
+COMPUTED_AGAIN = "it is computed again"
 VIDEOS_PER_FILE = 64  # videos per file of the cache; a stopped run repeats at most one file
 
 INDEX = Constraint(
@@ -107,8 +106,9 @@ def extract_layer_features(
         for start in range(0, len(videos), VIDEOS_PER_FILE):
             paths = videos[start : start + VIDEOS_PER_FILE]
             file = cache and cache / f"{_hash([settings, [_identity(path) for path in paths]])}.safetensors"
-            if file and file.exists():
-                block = _FeatureBlock.load(file)
+            known = _FeatureBlock.recall(file) if file else None
+            if known:
+                block = known
                 bar.update(len(paths))
             else:
                 block = _FeatureBlock.compute(model, codec, readers.map(read, paths), batch_size, bar)
@@ -166,24 +166,40 @@ class _FeatureBlock(NamedTuple):
         return cls(torch.cat(features), indices, num_resampled, errors)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read a file that :meth:`save` wrote.
+    def recall(cls, path: Path) -> Self | None:
+        """Read a file that :meth:`save` wrote; None if there is none, or, after a warning, if it is damaged.
 
         Raises:
-            InputError: it cannot be read, or is another file.
+            InputError: it is not a regular file.
+            TransientError: it cannot be read for a reason other than its content.
         """
-        tensors, metadata = safetensors_header(path, COMPUTE_AGAIN)
-        notes = parse_json(metadata.get("notes", "").encode(), str(path), COMPUTE_AGAIN)
-        check(notes, NOTES, "", str(path), COMPUTE_AGAIN)
+        try:
+            check_regular(path)
+            return cls._load(path)
+        except FileNotFoundError:
+            return None
+        except TransientError:
+            raise
+        except InputError as error:
+            if not path.is_file():
+                raise
+            log.warning("%s", error)
+            return None
+
+    @classmethod
+    def _load(cls, path: Path) -> Self:
+        tensors, metadata = read_with_checksum(path, ("notes",), COMPUTED_AGAIN)
+        notes = parse_json(metadata["notes"].encode(), str(path), COMPUTED_AGAIN)
+        check(notes, NOTES, "", str(path), COMPUTED_AGAIN)
         if set(tensors) != {"features"} or tensors["features"].shape[:1] != (len(notes["places"]),):
-            raise InputError(f"{path} has no features of {len(notes['places'])} videos: {COMPUTE_AGAIN}.")
-        return cls(tensors["features"].read(), notes["places"], notes["squeezed"], notes["faults"])
+            raise InputError(f"{path} has no features of {len(notes['places'])} videos: {COMPUTED_AGAIN}.")
+        return cls(tensors["features"], notes["places"], notes["squeezed"], notes["faults"])
 
     def save(self, path: Path) -> None:
         """Write the results, atomically."""
         metadata = {"places": self.indices, "squeezed": self.num_resampled, "faults": self.errors}
         with atomic_write(path) as temporary:
-            save_file({"features": self.features}, temporary, metadata={"notes": json.dumps(metadata)})
+            save_with_checksum(temporary, {"features": self.features}, {"notes": json.dumps(metadata)})
 
 
 def _read(path: Path, frames: int, stride: int, size: Size, fps: float | None) -> _Clip:

@@ -468,14 +468,21 @@ def test_a_classifier_needs_an_image_network(
     assert "a classifier is given without an image_network: give both" in error_message(capsys)
 
 
-def test_a_damaged_chunk_is_an_error_that_names_it(
+def test_chunks_with_a_changed_value_or_a_missing_end_are_computed_again(
     command: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(finished, tmp_path / "out")
-    chunk = tmp_path / "out" / "chunks" / "000002.safetensors"
-    chunk.write_bytes(chunk.read_bytes()[:-1])
-    assert evaluate(command, tmp_path / "out") == 2
-    assert f"{chunk} is not a complete safetensors file" in error_message(capsys)
+    first, second = sorted((tmp_path / "out" / "chunks").iterdir())[:2]
+    content = bytearray(first.read_bytes())
+    content[-3] ^= 1
+    first.write_bytes(content)
+    second.write_bytes(second.read_bytes()[:-1])
+    assert evaluate(command, tmp_path / "out") == 0
+    printed = capsys.readouterr().err
+    assert f"{first} is damaged (its content is not that of its checksum): it is computed again." in printed
+    assert f"{second} is not a complete safetensors file" in printed
+    scores = [json.loads((folder / "results.json").read_text())["scores"] for folder in (finished, tmp_path / "out")]
+    assert scores[0] == scores[1]
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,12 @@ from gpdit_lightning.cli.parsing import parse
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.videos import read_clip
+from gpdit_lightning.files import sha256_of
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.features import FeaturesOptions
 from gpdit_lightning.probing import features
-from gpdit_lightning.probing.features import FeatureRecord, VideoFeatures
+from gpdit_lightning.probing.features import CHECKSUMS, FeatureRecord, VideoFeatures
 from tests.cli.sampling import stripes
 
 CODEC = load_codec("pca")
@@ -135,15 +136,32 @@ def test_existing_features_are_not_computed_again(
 ) -> None:
     extract(work, tmp_path)
     written = {path.name: path.read_bytes() for path in tmp_path.rglob("*.npy")}
-    kept = b"".join((written["a.npy"][:-2], b"00"))  # other values, so that a new file would differ
-    (tmp_path / "a.npy").write_bytes(kept)
+    kept = (tmp_path / "a.npy").stat()
     (tmp_path / "jump/b.npy").unlink()
     capsys.readouterr()
     extract(work, tmp_path, "--workers=1")
     printed = capsys.readouterr().out
     assert "features of 3 videos" in printed
     assert "1 of them are new" in printed
-    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*.npy")} == written | {"a.npy": kept}
+    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*.npy")} == written
+    assert (tmp_path / "a.npy").stat().st_mtime_ns == kept.st_mtime_ns
+
+
+def test_features_of_version_0_1_0_are_kept_and_their_checksums_recorded(work: Path, tmp_path: Path) -> None:
+    extract(work, tmp_path)
+    file, checksums = tmp_path / "a.npy", tmp_path / CHECKSUMS
+    lines = sorted(checksums.read_text().splitlines())
+    assert f"{sha256_of(file)}  a.npy" in lines
+    checksums.unlink()
+    before = file.stat().st_mtime_ns
+    extract(work, tmp_path)
+    assert sorted(checksums.read_text().splitlines()) == lines
+    assert file.stat().st_mtime_ns == before
+    checksums.write_text(checksums.read_text()[:-9])  # as after a kill
+    for _ in range(2):
+        extract(work, tmp_path)
+        assert set(lines) <= set(checksums.read_text().splitlines())
+    assert len(checksums.read_text().splitlines()) == len(lines) + 1
 
 
 @pytest.mark.parametrize("form", ["npy", "pickle"])
@@ -153,8 +171,8 @@ def test_damaged_features_are_computed_again(
     extract(work, tmp_path, f"--format={form}")
     written = {path: path.read_bytes() for path in tmp_path.rglob("*.[np][pk][yl]")}
     first, second, third = sorted(written)
-    first.write_bytes(b"")
-    second.write_bytes(written[second][: len(written[second]) // 2])
+    first.write_bytes(b"" if form == "npy" else written[first][: len(written[first]) // 2])
+    second.write_bytes(written[second][:-9] + b"\x01" + written[second][-8:])  # a changed value
     features.log.addHandler(caplog.handler)
     try:
         extract(work, tmp_path, f"--format={form}")

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.chunk_files import ChunkFiles, write_chunk
+from gpdit_lightning.evaluation import chunk_files
+from gpdit_lightning.evaluation.chunk_files import ChunkFiles, complete_chunks, write_chunk
 
 SETTINGS = {"guidance": {"context": 1.5}, "size": (32, 32)}
 
@@ -35,16 +36,36 @@ def test_results_are_read_chunk_by_chunk(tmp_path: Path) -> None:
     assert [files.has(*key) for key in (("truth", "image"), ("truth", "video"), ("noise 8", "image"))] == [1, 0, 1]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "without metadata"])
-def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "000016.safetensors"
-    write_chunk(path, ["a"], {"truth/video": torch.ones(1, 9)}, SETTINGS)
-    if damage == "without metadata":
+def damage(path: Path, kind: str) -> None:
+    content = bytearray(path.read_bytes())
+    if kind == "without metadata":
         save_file({"truth/video": torch.ones(1, 9)}, path)
-    else:
-        path.write_bytes({"truncated": path.read_bytes()[:-5], "garbage": b"\x10" * 99}[damage])
+        return
+    if kind in ("value", "name", "type"):
+        place = {"value": len(content) - 5, "name": content.index(b"clip a"), "type": content.index(b"F32")}[kind]
+        content[place : place + 3] = b"I32" if kind == "type" else bytes(b ^ 1 for b in content[place : place + 3])
+    path.write_bytes({"truncated": content[:-5], "garbage": b"\x10" * 99}.get(kind, content))
+
+
+DAMAGES = ("truncated", "garbage", "without metadata", "value", "name", "type")
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_file_is_no_complete_chunk(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    path, intact = tmp_path / "000016.safetensors", tmp_path / "000017.safetensors"
+    for file in (path, intact):
+        write_chunk(file, ["clip a"], {"truth/video": torch.ones(1, 9)}, SETTINGS)
+    damage(path, kind)
+    chunk_files.log.addHandler(caplog.handler)
+    try:
+        assert complete_chunks([path, intact, tmp_path / "000018.safetensors"], SETTINGS) == {intact}
+    finally:
+        chunk_files.log.removeHandler(caplog.handler)
+    (message,) = set(caplog.messages)
+    assert message.startswith(f"{path} is ")
+    assert message.endswith(": it is computed again.")
     with pytest.raises(
-        InputError, match=r"000016.safetensors is (damaged|not a complete) .*: delete it and run the same"
+        InputError, match=r"000016.safetensors is (damaged|not a complete).*: delete it and run the same"
     ):
         ChunkFiles([path], SETTINGS)
 

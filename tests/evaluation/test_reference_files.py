@@ -1,12 +1,16 @@
-"""Statistics of real data in files of others: values that are no moments are refused by the name of the file."""
+"""Statistics of real data in files: values that are no moments, or were changed, are errors that name the file."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.reference import AdmFile
+from gpdit_lightning.evaluation.metrics import Moments
+from gpdit_lightning.evaluation.reference import RECORD, AdmFile, Reference, ReferenceRecord
+from gpdit_lightning.tensor_files import CHECKSUM, read_safetensors, safetensors_header
 
 MEAN, COVARIANCE = np.zeros(3), np.eye(3)
 
@@ -41,3 +45,22 @@ def test_moments_of_single_precision_are_read(tmp_path: Path) -> None:
     moments = AdmFile.load(tmp_path / "adm.npz").moments
     assert moments is not None
     assert moments.distance(moments) == pytest.approx(0, abs=1e-6)
+
+
+def test_statistics_with_a_changed_value_are_refused_and_those_without_a_checksum_read(tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+    record = ReferenceRecord("data", "all", "0" * 64, 9, "image", 1, (8, 8), 1, None, "bicubic", {})
+    moments = Moments(torch.zeros(3), torch.eye(3), 9)
+    Reference(record, {"image": moments}, {"image": torch.ones(9, 3)}).save(path)
+    intact = path.read_bytes()
+    for place in (len(intact) - 2, intact.index(b'"items') + 11, intact.index(CHECKSUM.encode())):
+        content = bytearray(intact)
+        content[place] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"reference.safetensors is damaged"):
+            Reference.load(path)
+    path.write_bytes(intact)
+    metadata = safetensors_header(path, "")[1]
+    old = {key: metadata[key] for key in (RECORD, "samples")}  # as version 0.1.0 wrote it
+    save_file(read_safetensors(path, ""), path, old)
+    assert Reference.load(path).record == record

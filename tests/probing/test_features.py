@@ -4,6 +4,8 @@ import io
 import json
 import pickle
 import pickletools
+import shutil
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import torch
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.probing.features import (
+    CHECKSUMS,
+    FeatureChecksums,
     FeatureRecord,
     VideoFeatures,
     read_features,
@@ -183,6 +187,25 @@ def test_a_damaged_file_is_refused_without_unpickling(tmp_path: Path, content: b
     (tmp_path / "v_1.npy").write_bytes(content)
     with pytest.raises(InputError, match=rf"v_1.npy.*{message}"):
         read_features(tmp_path / "v_1.npy", RECORD.shape)
+
+
+def test_a_file_is_compared_with_its_checksum(tmp_path: Path) -> None:
+    RECORD.save(tmp_path)
+    names = ("v_1", "a\\b\nc")
+    for number, name in enumerate(names):
+        write_features(RECORD.path_of(tmp_path, name), random_features(number), RECORD)
+        FeatureChecksums(tmp_path).add(RECORD.path_of(tmp_path, name))
+    result = subprocess.run(["sha256sum", "--check", CHECKSUMS], cwd=tmp_path, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    path = RECORD.path_of(tmp_path, "v_1")
+    intact = VideoFeatures(tmp_path)
+    assert torch.equal(intact["v_1"], random_features(0).half())
+    assert torch.equal(intact[names[1]], random_features(1).half())
+    shutil.copyfile(RECORD.path_of(tmp_path, names[1]), path)
+    with pytest.raises(InputError, match=r"v_1.npy is not the file whose sha256 features.sha256 has: remove it"):
+        VideoFeatures(tmp_path)["v_1"]
+    (tmp_path / CHECKSUMS).unlink()  # as of version 0.1.0
+    assert torch.equal(VideoFeatures(tmp_path)["v_1"], random_features(1).half())
 
 
 def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -80,7 +80,12 @@ def test_unusable_videos_and_frames_are_refused(model: GPDiT, videos: list[Path]
 
 
 def test_a_stopped_run_resumes_from_the_cache(
-    model: GPDiT, videos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, randomise: Callable[..., GPDiT]
+    model: GPDiT,
+    videos: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    randomise: Callable[..., GPDiT],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     read: Counter[str] = Counter()
     limit = 10
@@ -92,6 +97,7 @@ def test_a_stopped_run_resumes_from_the_cache(
         return read_clip(path, *arguments, **options)
 
     monkeypatch.setattr(layer_features, "read_clip", counting_read_clip)
+    monkeypatch.setattr(layer_features.log, "handlers", [caplog.handler])
     monkeypatch.setattr(layer_features, "VIDEOS_PER_FILE", 2)
     uncached = extract(model, videos)
     assert uncached.paths == [videos[number] for number in (0, 1, 3, 4)]
@@ -110,6 +116,14 @@ def test_a_stopped_run_resumes_from_the_cache(
     limit = 10
     assert (extract(model, videos, cache=tmp_path).features == uncached.features).all()
     assert not read
+    damaged = min(tmp_path.iterdir())
+    content = bytearray(damaged.read_bytes())
+    content[-2] ^= 1  # of a value
+    damaged.write_bytes(content)
+    assert (extract(model, videos, cache=tmp_path).features == uncached.features).all()
+    assert 0 < len(read) <= 2
+    assert f"{damaged} is damaged (its content is not that of its checksum): it is computed again." in caplog.messages
+    read.clear()
     extract(model, videos, cache=tmp_path, stride=2)  # another stride
     assert len(read) == 5
     read.clear()
