@@ -18,12 +18,12 @@ from gpdit_lightning.cli.chain import chain
 from gpdit_lightning.cli.demo_videos import write_videos
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.diffusion import RotationSampler
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.files import atomic_write, read_bounded
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.generation.context_readers import read_contexts
 from gpdit_lightning.generation.contexts import ContextSettings
-from gpdit_lightning.media.images import animation_pages, parse_size, write_animation, write_strip
+from gpdit_lightning.media.images import animation_pages, parse_size, read_image, write_animation, write_strip
 from gpdit_lightning.media.video import iterate_frames
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.chain import ChainOptions
@@ -52,10 +52,28 @@ STRIP_CLIPS = 4  # clips in sample.png
 ANIMATED_CLIPS = 2  # clips in sample.mp4 and sample.gif
 ANIMATED_SIDE = 144  # pixels along a side of their frames
 SAMPLING_BATCH = 16  # clips
+OTHER_CURES = ("--out", "gpdit_lightning prepare")  # options and verbs that the user of `demo` did not give
 
 
 def demo(options: DemoOptions) -> None:
-    """Prepare data, train four stages, generate, and print the paths of the results."""
+    """Prepare data, train four stages, generate, and print the paths of the results.
+
+    Raises:
+        InputError: the videos cannot be used, or a file of an earlier demo in the run folder is damaged.
+    """
+    try:
+        run_demo(options)
+    except TransientError:
+        raise
+    except InputError as error:
+        problem, _, cure = str(error).rpartition(": ")
+        if not any(words in cure for words in OTHER_CURES):
+            raise
+        raise InputError(f"{problem}: remove {options.run_dir}, or give another --run_dir.") from None
+
+
+def run_demo(options: DemoOptions) -> None:
+    """Do what :func:`demo` does; errors have the cures of the verbs that the demo calls."""
     run_dir = options.run_dir
     check_run_dir(run_dir, options.videos)
     if options.videos:
@@ -79,8 +97,15 @@ def demo(options: DemoOptions) -> None:
     chain(ChainOptions(config=["gpdit:demo/chain"], overrides=[f"--runs={run_dir}", *steps]))
     print("3/3  generating")
     print(evaluate(run_dir, videos))
-    few_shot = max((run_dir / "stage4_few_shot" / "previews").glob("*.png"))
-    shutil.copyfile(few_shot, run_dir / "few_shot.png")
+    previews = run_dir / "stage4_few_shot" / "previews"
+    few_shot = max(previews.glob("*.png"), default=None)
+    if few_shot is None:
+        raise InputError(
+            f"{previews} has no images, though its stage is trained: remove {previews.parent}, and run the same "
+            "command again."
+        )
+    with atomic_write(run_dir / "few_shot.png") as path:
+        shutil.copyfile(few_shot, path)
     print(
         f"\nResults:\n  {run_dir}/sample.png     context, then generated frames above the ground truth\n"
         f"  {run_dir}/sample.mp4     the first of these clips as a video, and {run_dir}/sample.gif\n"
@@ -168,7 +193,7 @@ def write_images(directory: Path, videos: Sequence[InputFile]) -> None:
     for video in progress_bar(videos, desc="images", unit="video", leave=False):
         stem = video.name.replace("/", "-").replace(".", "-")
         paths = [directory / str(video.split) / f"{stem}-{number}.png" for number in range(per_video)]
-        if not all(path.exists() for path in paths):
+        if not all(map(is_written, paths)):
             try:
                 frames = list(iterate_frames(video.path, stride=9, max_frames=per_video))
             except InputError:
@@ -177,6 +202,16 @@ def write_images(directory: Path, videos: Sequence[InputFile]) -> None:
                 pixels = frame.resized(parse_size(FRAME_SIZE))
                 with atomic_write(path) as temporary:
                     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+
+
+def is_written(path: Path) -> bool:
+    """Return whether an image was written; a damaged one is written again."""
+    try:
+        return path.is_file() and len(read_image(path)) > 0
+    except TransientError:
+        raise
+    except InputError:
+        return False
 
 
 def image_options(run_dir: Path, codec: str) -> PrepareOptions:

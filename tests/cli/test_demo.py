@@ -56,6 +56,27 @@ def test_demo_writes_its_results_and_resumes(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().out.count("finished at step 2") == len(STAGES)
     assert times == {path: path.stat().st_mtime_ns for path in times}
 
+    again = ["demo", "--run_dir", str(run_dir), "--max_steps", "2"]
+    image = min((run_dir / "images" / "train").iterdir())
+    written = image.read_bytes()
+    image.write_bytes(written[: len(written) // 2])
+    previews = run_dir / "stage4_few_shot" / "previews"
+    previews.rename(tmp_path / "previews")
+    assert main(again) == 2
+    assert f"{previews} has no images, though its stage is trained: remove" in capsys.readouterr().err
+    assert image.read_bytes() == written
+    for damaged in (
+        run_dir / "latents" / "few_shot" / "manifest.json",
+        run_dir / "movies" / "train" / "digit_0000.mp4",
+    ):
+        kept = damaged.read_bytes()
+        damaged.write_bytes(b"")
+        assert main(again) == 2
+        error = capsys.readouterr().err
+        assert str(damaged) in error
+        assert f": remove {run_dir}, or give another --run_dir." in error
+        damaged.write_bytes(kept)
+
     videos = tmp_path / "videos"
     assert main(["demo", "--videos", str(videos), "--run_dir", str(run_dir)]) == 2
     assert f"{run_dir} holds the demo of the digits, not of {videos}" in capsys.readouterr().err
