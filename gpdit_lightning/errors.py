@@ -37,6 +37,9 @@ def message_line(error: BaseException, place: int = 0) -> str:
 
 
 def file_of(error: OSError, otherwise: str) -> str:
-    """Return the file that an error names, which some libraries give as bytes; another text if it names none."""
-    name = error.filename
+    """Return the file that an error names, which some libraries give as bytes; another text if it names none.
+
+    Of a file that could not be renamed, it is the new name: the other one is temporary.
+    """
+    name = error.filename2 or error.filename
     return otherwise if name is None else os.fsdecode(name) if isinstance(name, bytes) else str(name)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, file_of
 from gpdit_lightning.files import (
     BoundedReader,
     atomic_write,
@@ -32,6 +32,13 @@ def test_atomic_write_creates_folders_and_replaces_a_file(tmp_path: Path) -> Non
             assert partial == partial_path(path)
         assert path.read_text() == content
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_error_of_a_rename_is_that_of_the_file_not_of_the_temporary_one(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(IsADirectoryError) as error, atomic_write(tmp_path / "a.txt") as partial:
+        partial.write_text("new")
+    assert file_of(error.value, "") == str(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize("name", ["a" * 255, "\N{SNOWMAN}" * 85])

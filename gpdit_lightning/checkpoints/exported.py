@@ -78,7 +78,7 @@ def verify_checksums(folder: Path) -> None:
     """Compare the files of an exported folder with the hashes that were written with them, if there are any.
 
     Raises:
-        InputError: a file is missing or not the one that was exported, or the hashes cannot be parsed.
+        InputError: a file is missing, additional, or not the one that was exported; or the hashes cannot be parsed.
         TransientError: a file could not be read for a reason other than its content.
     """
     sums = folder / CHECKSUMS
@@ -92,6 +92,8 @@ def verify_checksums(folder: Path) -> None:
         raise InputError(f"{sums} does not have one hash for each of {CONFIG} and {WEIGHTS}: {CURE}.")
     for name in (CONFIG, WEIGHTS, CODEC):
         if name not in expected:
+            if (folder / name).exists():
+                raise InputError(f"{folder / name} is none of the files that {sums} lists: remove it, or {CURE}.")
             continue
         if not (folder / name).exists():
             raise InputError(f"{folder / name} does not exist: {CURE}.")

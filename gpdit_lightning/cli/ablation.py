@@ -27,10 +27,21 @@ from gpdit_lightning.files import atomic_write, read_bounded
 from gpdit_lightning.imports import import_path
 from gpdit_lightning.options.ablate import AblateOptions
 from gpdit_lightning.options.shared import RecipeOptions
-from gpdit_lightning.schema import COUNT, MAX_JSON_BYTES, OBJECT, check, parse_json
+from gpdit_lightning.schema import (
+    CONTENT_HASH,
+    COUNT,
+    MAX_JSON_BYTES,
+    OBJECT,
+    TEXT,
+    check,
+    check_content_hash,
+    content_hash,
+    parse_json,
+)
 from gpdit_lightning.training.callbacks.ablation import AblationRecord, StepSeconds, record_in
 
 RECORD, LOCK = "ablation.json", "lock"
+SCHEMA = {"base": OBJECT, "budget": TEXT, "validations": COUNT, "data": OBJECT, "arms": OBJECT}
 # Options that the budget, the seeds and the folder determine.
 DETERMINED = ("base", "runs", "run_dir", "seed_everything", "data.seed", "trainer.max_steps", "validate_every_steps")
 FOLDERS = ("base", "config", "runs", "run_dir")  # options of which no result depends
@@ -251,7 +262,9 @@ def record_ablation(ablation: Ablation, writes: bool = True) -> Ablation:
     if writes:
         options.out.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(settings | {"arms": arms}, indent=1), encoding="utf-8")
+            content = json.loads(json.dumps(settings | {"arms": arms}))
+            text = json.dumps(content | {CONTENT_HASH: content_hash(content)}, indent=1)
+            temporary.write_text(text, encoding="utf-8")
     return replace(ablation, arms=found)
 
 
@@ -307,7 +320,9 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     cure = "restore it, or give another --out"
     content = parse_json(read_bounded(path, MAX_JSON_BYTES), str(path), cure)
-    check(content, {"arms": OBJECT}, "", str(path), cure)
+    check(content, SCHEMA, "", str(path), cure)
+    check_content_hash(content, str(path), cure)
+    content.pop(CONTENT_HASH, None)
     for name, arm in content["arms"].items():
         check(arm, {"overrides": OBJECT, "steps": COUNT}, f"arms.{name}", str(path), cure)
     return dict(content)

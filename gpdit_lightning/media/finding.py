@@ -28,6 +28,7 @@ COMPANIONS = {
     *(".safetensors", ".tar", ".zip", ".gz", ".mp3", ".wav", ".m4a", ".flac", ".aac", ".opus"),
 }
 LIST_EXTENSION = ".txt"
+VANISHED = "was removed while its folder was searched"
 MAX_SHOWN = 5  # unusable files in a message
 
 
@@ -203,8 +204,11 @@ class FolderSearch:
             elif kind == "file":
                 self.files.append(path)
             elif entry.is_symlink():
-                target = as_text(os.readlink(path))
-                self.findings.unusable.append(LeftOut(self._name(path), f"is a link to {target}, which does not exist"))
+                try:
+                    reason = f"is a link to {as_text(os.readlink(path))}, which does not exist"
+                except OSError:
+                    reason = VANISHED
+                self.findings.unusable.append(LeftOut(self._name(path), reason))
             else:
                 self.findings.unusable.append(LeftOut(self._name(path), "is not a regular file"))
 
@@ -235,8 +239,12 @@ def without_repeated(files: Sequence[FoundFile]) -> tuple[list[FoundFile], list[
     The name of a file precedes those of links to it; among equal ones the first precedes.
     """
     by_file: dict[tuple[int, int | Path], list[FoundFile]] = defaultdict(list)
+    vanished = list[LeftOut]()
     for file in files:
-        by_file[identity_of(file.path)].append(file)
+        try:
+            by_file[identity_of(file.path)].append(file)
+        except FileNotFoundError:
+            vanished.append(LeftOut(file.name, VANISHED))
     kept = {same[0] if len(same) == 1 else min(same, key=lambda file: is_link(file.path)) for same in by_file.values()}
     repeated = [
         LeftOut(file.name, f"is the same file as {other.name} and is used under that name")
@@ -245,7 +253,7 @@ def without_repeated(files: Sequence[FoundFile]) -> tuple[list[FoundFile], list[
         for file in same
         if file not in kept
     ]
-    return [file for file in dict.fromkeys(files) if file in kept], repeated
+    return [file for file in dict.fromkeys(files) if file in kept], repeated + vanished
 
 
 def identity_of(path: Path, status: os.stat_result | None = None) -> tuple[int, int | Path]:

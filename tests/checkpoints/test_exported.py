@@ -491,6 +491,10 @@ def test_the_hashes_are_those_of_sha256sum_and_an_earlier_folder_has_none(folder
     lines = dict(reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines())
     names = ("config.json", "model.safetensors")
     assert lines == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    (folder / "codec.safetensors").write_bytes(b"of another model")
+    with pytest.raises(InputError, match=r"codec\.safetensors is none of the files that .*SHA256SUMS lists: remove it"):
+        read_exported(folder)
+    (folder / "codec.safetensors").unlink()
     (folder / "SHA256SUMS").write_text("\n".join(lines))
     with pytest.raises(InputError, match=r"SHA256SUMS does not have one hash for each of config\.json and"):
         read_exported(folder)

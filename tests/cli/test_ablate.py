@@ -125,6 +125,18 @@ def test_a_killed_ablation_that_is_run_again_equals_an_uninterrupted_one(
     ):
         assert main(["ablate", f"--config={path}", f"--out={whole}", option]) == 2
         assert message in capsys.readouterr().err
+    record = whole / "ablation.json"
+    content = json.loads(record.read_text())
+    del content["base"]["trainer"]["max_steps"]
+    for edited, message in (
+        (content, "so it was damaged or edited"),
+        ({"arms": content["arms"]}, "lacks the field base"),
+    ):
+        record.write_text(json.dumps(edited))
+        assert main(["ablate", f"--config={path}", f"--out={whole}"]) == 2
+        assert message in (error := capsys.readouterr().err)
+        assert f"{record} " in error
+        assert "restore it, or give another --out" in error
 
 
 def test_losses_are_those_of_the_same_clips_noise_and_angles_and_failed_arms_are_reported(

@@ -10,7 +10,14 @@ from PIL import Image
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media import finding
-from gpdit_lightning.media.finding import find_media, read_file_list, search_folder, without_repeated
+from gpdit_lightning.media.finding import (
+    VANISHED,
+    FoundFile,
+    find_media,
+    read_file_list,
+    search_folder,
+    without_repeated,
+)
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.names import as_text
 
@@ -76,7 +83,7 @@ def test_a_file_is_what_it_contains_unless_its_extension_is_known(video: Path) -
     assert [name for _, name in images.files] == ["picture", "thumb.jpg"]
 
 
-def test_links_are_followed_once_and_circles_end(video: Path) -> None:
+def test_links_are_followed_once_and_circles_end(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = video.parent / "set"
     elsewhere = video.parent / "elsewhere" / "deep"
     elsewhere.mkdir(parents=True)
@@ -109,6 +116,11 @@ def test_links_are_followed_once_and_circles_end(video: Path) -> None:
         "pipe.mp4": "is not a regular file",
     }
     kept, repeated = without_repeated(found.files)
+    missing = FoundFile(folder / "missing.mp4", "missing.mp4")
+    assert without_repeated([missing, *found.files]) == (kept, [*repeated, ("missing.mp4", VANISHED, False)])
+    with monkeypatch.context() as patch:  # a link that is removed during the search
+        patch.setattr("os.readlink", lambda path: os.stat(folder / "missing"))
+        assert ("gone.mp4", VANISHED, False) in search_folder(folder, "video").unusable
     assert [name for _, name in kept] == ["out/deep/far.mp4", "z/real.mp4"]
     assert repeated == [("link.mp4", "is the same file as z/real.mp4 and is used under that name", False)]
 
