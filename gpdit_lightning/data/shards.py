@@ -102,6 +102,11 @@ class ShardReader:
     def __len__(self) -> int:
         return self.entry.count
 
+    def __del__(self) -> None:
+        # Python warns of a file that it has to close itself. The attribute is missing if the constructor has failed.
+        if file := self.__dict__.get("_tar_file"):
+            file.close()
+
     def __getstate__(self) -> dict[str, Any]:
         # An open file cannot be pickled, and the index would take time.
         return self.__dict__ | {"_tar_file": None, "_index": None}

@@ -1,4 +1,5 @@
 import errno
+import gc
 import io
 import itertools
 import json
@@ -7,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import tarfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -256,6 +258,15 @@ def test_an_invalid_index_is_reported(tmp_path: Path, content: Any) -> None:
         np.save(index, content)
     with pytest.raises(InputError, match=r"train-video\.index\.npy"):
         ShardReader(tmp_path, entry).read(0)
+
+
+def test_a_reader_that_is_no_longer_used_closes_its_file(tmp_path: Path) -> None:
+    entry = write(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ShardReader(tmp_path, entry).read(0)
+        gc.collect()
+    assert not [str(warning.message) for warning in caught if warning.category is ResourceWarning]
 
 
 def test_a_pickled_reader_does_not_contain_its_index(tmp_path: Path) -> None:
