@@ -40,6 +40,8 @@ T = TypeVar("T")
 INLINE_BYTES = 1024  # tensors up to this size are sent within the message of their item
 CURE = "use fewer workers, or free memory, and run the same command again."
 SEMAPHORES_CURE = "use fewer workers, or a larger /dev/shm, and run the same command again."
+NO_SEMAPHORES_CURE = "mount /dev/shm so that it can be written, or use 0 workers, and run the same command again."
+NO_SEMAPHORES_ERRORS = (errno.ENOENT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSYS)
 FILES_CURE = "raise the limit of open files (ulimit -n), and run the same command again."
 OPEN_FILES_ERRORS = (errno.EMFILE, errno.ENFILE)
 ITEM = "an item of a worker process"
@@ -75,7 +77,9 @@ class WorkerLoader(DataLoader[T]):
             # No memory for a process or thread, no open file, or no space in /dev/shm for a semaphore.
             if isinstance(error, RuntimeError) and NO_THREAD not in str(error):
                 raise
-            cure = SEMAPHORES_CURE if getattr(error, "errno", None) == errno.ENOSPC else CURE
+            number = getattr(error, "errno", None)
+            cure = NO_SEMAPHORES_CURE if number in NO_SEMAPHORES_ERRORS else CURE
+            cure = SEMAPHORES_CURE if number == errno.ENOSPC else cure
             message = f"{self.num_workers} worker processes could not be started {_cause_and_cure(error, cure)}"
             with _finalizers_silent():
                 error.__traceback__ = None  # frees torch's iterator, which is incomplete, so that its finalizer fails

@@ -106,14 +106,19 @@ def test_the_estimated_shared_memory_suffices_for_larger_items_and_less_is_named
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [(errno.EMFILE, "raise the"), *((number, "mount /dev/shm so that") for number in (errno.ENOENT, errno.EROFS))],
+)
 def test_workers_that_cannot_be_started_are_reported_with_the_first_item(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int, cure: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Lightning's teardown replaces the error of a loader whose iteration never began."""
-    error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    error = OSError(number, os.strerror(number))
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", fail(error))
     items = iter(WorkerLoader(Items(), 2, sampler=range(6)))
-    with pytest.raises(InputError, match=r"2 worker processes could not be started \(Too many open files\): raise the"):
+    expected = rf"2 worker processes could not be started \({os.strerror(number)}\): {cure}"
+    with pytest.raises(InputError, match=expected):
         next(items)
     assert "Exception ignored" not in capsys.readouterr().err
 
