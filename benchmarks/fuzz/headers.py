@@ -143,10 +143,17 @@ def damage_safetensors(path: Path, siblings: Sequence[Path], numbers: random.Ran
             text = numbers.choice(("[" * 100_000, "{}", "[]", "null", text[:-1], text.replace(":", ": NaN,", 1)))
         path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + content[8 + length :])
     else:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        path.write_bytes(save(_damaged_tensors(_tensors(path), kind, numbers), metadata))
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+        path.write_bytes(_with_metadata(save(_damaged_tensors(_tensors(path), kind, numbers)), metadata))
     return Damage(f"{kind}: tensors of {path.name}", (path,))
+
+
+def _with_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
+    """Return a safetensors file with metadata, in an order that does not vary, unlike that of the library."""
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length]) | {"__metadata__": dict(sorted(metadata.items()))}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 def damage_part(path: Path, siblings: Sequence[Path], numbers: random.Random) -> Damage:
