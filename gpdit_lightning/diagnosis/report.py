@@ -9,7 +9,7 @@ from gpdit_lightning.diagnosis.comparison import PAGE, QUARTILES, TOLERANCE, Com
 from gpdit_lightning.diagnosis.curves import RECENT, RunCurves, thinned
 from gpdit_lightning.diagnosis.references import Reference
 from gpdit_lightning.files import atomic_write
-from gpdit_lightning.names import counted
+from gpdit_lightning.names import counted, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,7 @@ def report(name: str, run: RunCurves, comparison: Comparison) -> str:
     lines += [f"- {finding}" for finding in comparison.findings]
     if not comparison.findings:
         lines.append(f"- none. Faults that curves do not show, such as flicker or grey frames: {PAGE}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, "\n".join(lines).split("\n")))  # a reference is a file of others
 
 
 def comparability(comparison: Comparison) -> list[str]:

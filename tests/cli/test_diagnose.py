@@ -322,6 +322,8 @@ def test_a_file_of_a_reference_holds_all_that_is_compared(
     assert (read.name, read.title, read.facts) == ("mine", "two runs", of_runs.facts)
     assert [(run.seed, run.commit, run.hardware) for run in read.runs] == [(0, "abc", "one GPU"), (1, "def", "one GPU")]
     assert [run.curves for run in read.runs] == [run.curves for run in of_runs.runs]
+    file.write_text(file.read_text().replace("two runs", r"two\u001b[2J runs"))
+    assert r"two\x1b[2J runs" in diagnose(Path(references[0]), "--reference", str(file), capsys=capsys)
     file.write_text(file.read_text().replace('"values": [', '"values": ["x", ', 1))
     assert main(["diagnose", references[0], "--reference", str(file)]) == 2
     refusal = r"mine.json has runs\[0\].curves\['.*'\].values\[0\] = 'x'; it must be a finite"
