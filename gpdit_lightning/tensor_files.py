@@ -8,24 +8,29 @@ exception; in memory-mapped files it is SIGBUS, which ends the process without a
 
 import hashlib
 import json
+import logging
 import math
 import os
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import open_regular
+from gpdit_lightning.errors import InputError, TransientError
+from gpdit_lightning.files import check_regular, open_regular
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import parse_json, shown
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_HEADER_BYTES = 2**22  # some 30,000 tensors
 MAX_AXES = 64
@@ -320,6 +325,27 @@ def read_with_checksum(
     if checksum is not None and checksum != _content_sha256(tensors, metadata):
         raise InputError(f"{path} is damaged (its content is not that of its checksum): {cure}.")
     return tensors, metadata
+
+
+def recalled(path: Path, read: Callable[[Path], T]) -> T | None:
+    """Return what `read` returns of a file that can be computed again; None if it is missing, or damaged (a warning).
+
+    Raises:
+        InputError: it is not a regular file.
+        TransientError: it could not be read for a reason other than its content.
+    """
+    try:
+        check_regular(path)
+        return read(path)
+    except FileNotFoundError:
+        return None
+    except TransientError:
+        raise
+    except InputError as error:
+        if not path.is_file():
+            raise
+        log.warning("%s", error)
+        return None
 
 
 def _content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

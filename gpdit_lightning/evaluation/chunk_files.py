@@ -1,23 +1,21 @@
 """Files with the results of chunks of videos, one file per chunk. All scores are computed from these files."""
 
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from gpdit_lightning.errors import InputError, TransientError
-from gpdit_lightning.files import atomic_write, check_regular
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.schema import TEXT, Constraint, check, parse_json
-from gpdit_lightning.tensor_files import read_with_checksum, safetensors_header, save_with_checksum
+from gpdit_lightning.tensor_files import read_with_checksum, recalled, safetensors_header, save_with_checksum
 
 CURE = "delete it and run the same command again"
 KEYS = ("names", "made_by")  # of the metadata
 NAMES = Constraint("a list of names", lambda value: isinstance(value, list) and all(map(TEXT.accepts, value)))
-
-log = logging.getLogger(__name__)
 
 
 def write_chunk(path: Path, names: Sequence[str], results: dict[str, Tensor], settings: Mapping[str, Any]) -> None:
@@ -42,20 +40,10 @@ def complete_chunks(paths: Iterable[Path], settings: Mapping[str, Any]) -> set[P
     """
     complete = set[Path]()
     for path in paths:
-        try:
-            check_regular(path)
-            _, _, stored = _read(path, "it is computed again")
-        except FileNotFoundError:
-            continue
-        except TransientError:
-            raise
-        except InputError as error:
-            if not path.is_file():
-                raise
-            log.warning("%s", error)
-            continue
-        _check_settings(path, settings, stored)
-        complete.add(path)
+        found = recalled(path, partial(_read, cure="it is computed again"))
+        if found is not None:
+            _check_settings(path, settings, found[2])
+            complete.add(path)
     return complete
 
 

@@ -23,12 +23,12 @@ from gpdit_lightning.codecs import Codec
 from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.evaluation.videos import read_clip
-from gpdit_lightning.files import atomic_write, check_regular
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.progress import progress_bar
 from gpdit_lightning.schema import COUNT, LIST, Constraint, check, parse_json
-from gpdit_lightning.tensor_files import read_with_checksum, save_with_checksum
+from gpdit_lightning.tensor_files import read_with_checksum, recalled, save_with_checksum
 
 log = logging.getLogger(__name__)
 
@@ -173,18 +173,7 @@ class _FeatureBlock(NamedTuple):
             InputError: it is not a regular file.
             TransientError: it cannot be read for a reason other than its content.
         """
-        try:
-            check_regular(path)
-            return cls._load(path)
-        except FileNotFoundError:
-            return None
-        except TransientError:
-            raise
-        except InputError as error:
-            if not path.is_file():
-                raise
-            log.warning("%s", error)
-            return None
+        return recalled(path, cls._load)
 
     @classmethod
     def _load(cls, path: Path) -> Self:

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gpdit_lightning import tensor_files
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation import chunk_files
 from gpdit_lightning.evaluation.chunk_files import ChunkFiles, complete_chunks, write_chunk
 
 SETTINGS = {"guidance": {"context": 1.5}, "size": (32, 32)}
@@ -56,11 +56,11 @@ def test_a_damaged_file_is_no_complete_chunk(tmp_path: Path, kind: str, caplog: 
     for file in (path, intact):
         write_chunk(file, ["clip a"], {"truth/video": torch.ones(1, 9)}, SETTINGS)
     damage(path, kind)
-    chunk_files.log.addHandler(caplog.handler)
+    tensor_files.log.addHandler(caplog.handler)
     try:
         assert complete_chunks([path, intact, tmp_path / "000018.safetensors"], SETTINGS) == {intact}
     finally:
-        chunk_files.log.removeHandler(caplog.handler)
+        tensor_files.log.removeHandler(caplog.handler)
     (message,) = set(caplog.messages)
     assert message.startswith(f"{path} is ")
     assert message.endswith(": it is computed again.")
