@@ -130,6 +130,8 @@ def relevant_part(message: str) -> str:
     reasons_or_last_line = relevant or [message.split("\n  ")[-1]]
     expected = [re.match(EXPECTED, reason) for reason in reasons_or_last_line]
     kinds = list(dict.fromkeys(type_in_words(match[1] or match[2]) for match in expected if match))
+    if "a number" in kinds:  # which a whole number is too
+        kinds = [kind for kind in kinds if kind != "a whole number"]
     if key and value and all(expected):
         unquoted = f"'{value[1]}'" in message and "value type: <class 'str'>" not in message
         as_list = f", such as \"['{value[1]}']\"" if kinds == ["a list"] and value[1][:1] not in "[{" else ""
