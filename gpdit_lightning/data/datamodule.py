@@ -26,6 +26,7 @@ from gpdit_lightning.data.held_out import HeldOutPass
 from gpdit_lightning.data.manifest import Manifest, Split
 from gpdit_lightning.data.order_record import UNRECORDED_DEFAULTS, check_order
 from gpdit_lightning.data.plan import Plan, PlannedSource, Sampling
+from gpdit_lightning.data.ranks import check_same_on_ranks
 from gpdit_lightning.data.selection import (
     and_list,
     load_manifest,
@@ -37,6 +38,7 @@ from gpdit_lightning.data.selection import (
 from gpdit_lightning.data.source import KINDS, SourceConfig, SourceName
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.randomness import TRAIN_NOISE, VALIDATION_NOISE
+from gpdit_lightning.schema import CONTENT_HASH
 from gpdit_lightning.specs import ClipGeometry, CodecSpec
 
 log = logging.getLogger(__name__)
@@ -151,10 +153,7 @@ class LatentDataModule(LightningDataModule):
         if not selection.configs:
             raise no_source_error(selection)
         self.configs = selection.configs
-        self.manifests = {
-            name: [load_manifest(path, f"data.{name}.manifests", self.configs) for path in config.manifests]
-            for name, config in self.configs.items()
-        }
+        self.manifests = self._load_manifests()
         self._log_selection(configs, allowed, selection.left_out)
         self._check_kinds()
         self.codec = self._common_codec()
@@ -170,6 +169,29 @@ class LatentDataModule(LightningDataModule):
         self._check_cache_size()
         has_validation = bool(self.buckets["validation"])
         self.validation_plan = self._make_plan("validation", 0.0, max_ranks, "joint") if has_validation else None
+
+    def _load_manifests(self) -> dict[str, list[Manifest]]:
+        """Load the manifests of each source; one that several sources name is read once, since its file may change."""
+        loaded = dict[str, Manifest]()
+        for name, config in self.configs.items():
+            for path in config.manifests:
+                if path not in loaded:
+                    loaded[path] = load_manifest(path, f"data.{name}.manifests", self.configs)
+        return {name: [loaded[path] for path in config.manifests] for name, config in self.configs.items()}
+
+    def setup(self, stage: str) -> None:
+        """Raise `InputError` on all ranks unless each of them has read the same manifests and settings of the order."""
+        assert self.trainer is not None
+        if self.trainer.world_size == 1:
+            return
+        facts, texts = self._order_settings(), dict[str, str]()
+        for name, manifests in self.manifests.items():
+            for number, manifest in enumerate(manifests):
+                # The whole content: the fingerprints in the order are of the latents alone.
+                facts[f"data.{name}.manifests[{number}]"] = manifest.content()[CONTENT_HASH]
+                texts[f"data.{name}.manifests[{number}]"] = str(manifest.path)
+            del facts[f"data.{name}.manifests"]
+        check_same_on_ranks(self.trainer, facts, texts)
 
     @property
     def micro_batches_per_step(self) -> int:

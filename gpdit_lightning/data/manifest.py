@@ -225,6 +225,14 @@ class Manifest:
         identity = [self.codec.fingerprint, *(shard.sha256 for shard in self.shards)]
         return hashlib.sha256("\n".join(identity).encode()).hexdigest()
 
+    def content(self) -> dict[str, Any]:
+        """Return the content of the file as JSON values, with its hash."""
+        content = {"format": FORMAT} | {name: getattr(self, name) for name in SCHEMA if name != "format"}
+        content["codec"] = self.codec.to_dict()
+        content["shards"] = [shard.to_dict() for shard in self.shards]
+        content[CONTENT_HASH] = content_hash(json.loads(json.dumps(content)))
+        return content
+
     def save(self) -> None:
         """Write `manifest.json` atomically to `directory`.
 
@@ -234,11 +242,7 @@ class Manifest:
         """
         if not isinstance(self.path, Path):
             raise InputError(f"{self.path} is not on this machine: prepare in a local folder and copy it there.")
-        content = {"format": FORMAT} | {name: getattr(self, name) for name in SCHEMA if name != "format"}
-        content["codec"] = self.codec.to_dict()
-        content["shards"] = [shard.to_dict() for shard in self.shards]
-        content[CONTENT_HASH] = content_hash(json.loads(json.dumps(content)))
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(self.content(), indent=2, ensure_ascii=False) + "\n"
         _parse(parse_json(text.encode(), str(self.path), PREPARE_AGAIN), self.path)
         with atomic_write(self.path) as temporary:
             temporary.write_text(text, encoding="utf-8")

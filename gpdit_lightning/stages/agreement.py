@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
 from torch import Tensor
 
 from gpdit_lightning.data.batches import LatentBatch
@@ -307,25 +306,3 @@ def check_loss(loss: Any, stage: str, batch: LatentBatch) -> DenoisingLoss:
             "predict(batch) without detach(), item() or no_grad()."
         )
     return loss
-
-
-def check_ranks(trainer: Trainer, initial_weights: str | None) -> None:
-    """Check that all ranks start from the same state: each rank finds its files on its node.
-
-    Args:
-        trainer: the trainer, with its state restored.
-        initial_weights: sha256 of the initial weights of this rank; None: random weights.
-
-    Raises:
-        InputError: a rank is at another step than the first, or has other initial weights.
-    """
-    ours = {"step": trainer.global_step, "weights": initial_weights}
-    first = trainer.strategy.broadcast(ours)
-    differs = torch.tensor(float(ours != first), device=trainer.strategy.root_device)
-    differing = trainer.strategy.reduce(differs, reduce_op="sum")
-    if differing > 0:
-        raise InputError(
-            f"{int(differing)} of {trainer.world_size} ranks found another checkpoint, or other initial weights, than "
-            f"the first rank, which is at step {first['step']}: make the same files visible to all nodes, then start "
-            "again."
-        )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,9 +16,11 @@ from torch.optim import Optimizer
 
 from gpdit_lightning.checkpoints.content import check_shapes
 from gpdit_lightning.checkpoints.facts import Origin
+from gpdit_lightning.checkpoints.marks import checkpoint_sha256
 from gpdit_lightning.checkpoints.weights import NOT_FINITE
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule
+from gpdit_lightning.data.ranks import check_same_on_ranks
 from gpdit_lightning.diffusion import (
     DenoisingLoss,
     NoiseSchedule,
@@ -46,7 +49,6 @@ from gpdit_lightning.stages.agreement import (
     check_number_of_classes,
     check_optimizer_state,
     check_patches,
-    check_ranks,
     check_sources,
     check_stage,
 )
@@ -289,10 +291,16 @@ class GPDiTStage(LightningModule):
         """Check that all ranks start from the same state, and apply the recipe's optimizer settings to a resumed run.
 
         Raises:
-            InputError: the ranks are at different steps or have different initial weights, or the restored state of
-                the optimizer is not one of these parameters.
+            InputError: the ranks have different checkpoints or initial weights, or the restored state of the optimizer
+                is not one of these parameters.
         """
-        check_ranks(self.trainer, self.origin.sha256 if self.origin else None)
+        resumed = self.trainer.ckpt_path
+        last = checkpoint_sha256(Path(resumed)) if resumed else None
+        facts = {
+            "last checkpoint": (self.trainer.global_step, last),
+            "initial weights": self.origin and self.origin.sha256,
+        }
+        check_same_on_ranks(self.trainer, facts)
         if reduction_dtype(self) == torch.bfloat16:
             reduce_ddp_gradients_in_bf16(self.trainer.strategy.model)
         if self.origin is None and self.trainer.global_step == 0:
