@@ -293,13 +293,22 @@ def read_safetensors(path: Path, cure: str) -> dict[str, Tensor]:
     return {name: tensor.read() for name, tensor in safetensors_header(path, cure)[0].items()}
 
 
-def save_with_checksum(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with a checksum of its tensors and its metadata, for :func:`read_with_checksum`."""
-    save_file(dict(tensors), path, {**metadata, CHECKSUM: _content_sha256(tensors, metadata)})
+def save_with_checksum(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], place: Path | None = None
+) -> None:
+    """Write a safetensors file with a checksum of its tensors and its metadata, for :func:`read_with_checksum`.
+
+    Args:
+        path: the file, which may be a temporary one.
+        tensors, metadata: its content.
+        place: the file's final path, of one of several similar files in a folder: the checksum then covers its name and
+            that of its folder, so that copies with another name are found.
+    """
+    save_file(dict(tensors), path, {**metadata, CHECKSUM: _content_sha256(tensors, metadata, place)})
 
 
 def read_with_checksum(
-    path: Path, keys: Sequence[str], cure: str, optional: bool = False
+    path: Path, keys: Sequence[str], cure: str, optional: bool = False, has_place: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a file of :func:`save_with_checksum` into host memory, and compare its content with its checksum.
 
@@ -308,6 +317,7 @@ def read_with_checksum(
         keys: of its metadata.
         cure: what the user should do about a damaged file, for messages.
         optional: whether the checksum may be missing, as in a file of an earlier version.
+        has_place: whether it was written with a `place`, which has to be `path`.
 
     Returns:
         the tensors by name, and the metadata.
@@ -322,8 +332,9 @@ def read_with_checksum(
         wanted = ", ".join([*keys, *([] if optional else [CHECKSUM])])
         raise InputError(f"{path} is damaged, or of another version (its metadata are not {wanted}): {cure}.")
     tensors = {name: tensor.read() for name, tensor in stored.items()}
-    if checksum is not None and checksum != _content_sha256(tensors, metadata):
-        raise InputError(f"{path} is damaged (its content is not that of its checksum): {cure}.")
+    if checksum is not None and checksum != _content_sha256(tensors, metadata, path if has_place else None):
+        kind = "damaged, or of another place" if has_place else "damaged"
+        raise InputError(f"{path} is {kind} (its content is not that of its checksum): {cure}.")
     return tensors, metadata
 
 
@@ -348,8 +359,10 @@ def recalled(path: Path, read: Callable[[Path], T]) -> T | None:
         return None
 
 
-def _content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def _content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], place: Path | None) -> str:
     digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    if place is not None:
+        digest.update(json.dumps(place.absolute().parts[-2:]).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

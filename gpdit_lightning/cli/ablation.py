@@ -94,9 +94,14 @@ class Ablation:
     assumed: frozenset[str]
     arms: list[Arm]
 
+    @staticmethod
+    def name_of_run(arm: Arm, seed: int) -> str:
+        """Return the name of the run of an arm and a seed, which is its path in the folder of the ablation."""
+        return f"{arm.name}/seed-{seed}"
+
     def run_dir(self, arm: Arm, seed: int) -> Path:
         """Return the run folder of an arm and a seed."""
-        return self.options.out / arm.name / f"seed-{seed}"
+        return self.options.out / self.name_of_run(arm, seed)
 
     def recipe(self, arm: Arm, seed: int) -> RecipeOptions:
         """Return the options of `fit` for an arm and a seed."""
@@ -108,6 +113,7 @@ class Ablation:
                 "data": {"class_path": import_path(LatentDataModule), "init_args": self._validation_data(arm)},
                 "schedule": vars(self.base.model.init_args.schedule),
                 "every_steps": max(1, round(steps / self.options.validations)),
+                "run": self.name_of_run(arm, seed),
             },
         }
         settings = {
@@ -132,12 +138,17 @@ class Ablation:
         return plain(self.base.data) | plain(Namespace(**own))
 
     def result(self, arm: Arm, seed: int) -> dict[str, Any] | None:
-        """Return the record of a finished run, see :class:`AblationRecord`; None if it is not finished."""
+        """Return the record of a finished run, see :class:`AblationRecord`; None if it is not finished.
+
+        Raises:
+            InputError: the last checkpoint cannot be read, or is not of this run.
+        """
         last = last_checkpoint(self.run_dir(arm, seed))
         if last is None or arm.costs is None:
             return None
         checkpoint = open_checkpoint(last)
-        return record_in(checkpoint.content, str(last)) if checkpoint.step >= arm.costs.steps else None
+        record = record_in(checkpoint.content, str(last), self.name_of_run(arm, seed))
+        return record if checkpoint.step >= arm.costs.steps else None
 
 
 def plain(settings: Namespace | None) -> dict[str, Any]:

@@ -28,11 +28,12 @@ def write_chunk(path: Path, names: Sequence[str], results: dict[str, Tensor], se
         settings: JSON values that the results depend on.
     """
     with atomic_write(path) as temporary:
-        save_with_checksum(temporary, results, {"names": json.dumps(list(names)), "made_by": json.dumps(settings)})
+        metadata = {"names": json.dumps(list(names)), "made_by": json.dumps(settings)}
+        save_with_checksum(temporary, results, metadata, place=path)
 
 
 def complete_chunks(paths: Iterable[Path], settings: Mapping[str, Any]) -> set[Path]:
-    """Return the files that exist and have the content that was written; warnings name the others that exist.
+    """Return the files that exist and have the content that was written to them; warnings name the others that exist.
 
     Raises:
         InputError: one was computed with other settings, or is not a regular file.
@@ -49,7 +50,7 @@ def complete_chunks(paths: Iterable[Path], settings: Mapping[str, Any]) -> set[P
 
 def _read(path: Path, cure: str) -> tuple[set[str], list[str], Any]:
     """Return the keys of the results, the names and the settings of a file, after its checksum was compared."""
-    tensors, metadata = read_with_checksum(path, KEYS, cure)
+    tensors, metadata = read_with_checksum(path, KEYS, cure, has_place=True)
     names, settings = (parse_json(metadata[key].encode(), str(path), cure) for key in KEYS)
     return set(tensors), check(names, NAMES, "names", str(path), cure), settings
 

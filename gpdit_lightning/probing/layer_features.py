@@ -177,7 +177,7 @@ class _FeatureBlock(NamedTuple):
 
     @classmethod
     def _load(cls, path: Path) -> Self:
-        tensors, metadata = read_with_checksum(path, ("notes",), COMPUTED_AGAIN)
+        tensors, metadata = read_with_checksum(path, ("notes",), COMPUTED_AGAIN, has_place=True)
         notes = parse_json(metadata["notes"].encode(), str(path), COMPUTED_AGAIN)
         check(notes, NOTES, "", str(path), COMPUTED_AGAIN)
         if set(tensors) != {"features"} or tensors["features"].shape[:1] != (len(notes["places"]),):
@@ -188,7 +188,8 @@ class _FeatureBlock(NamedTuple):
         """Write the results, atomically."""
         metadata = {"places": self.indices, "squeezed": self.num_resampled, "faults": self.errors}
         with atomic_write(path) as temporary:
-            save_with_checksum(temporary, {"features": self.features}, {"notes": json.dumps(metadata)})
+            notes = {"notes": json.dumps(metadata)}
+            save_with_checksum(temporary, {"features": self.features}, notes, place=path)
 
 
 def _read(path: Path, frames: int, stride: int, size: Size, fps: float | None) -> _Clip:

@@ -108,6 +108,10 @@ def test_a_killed_ablation_that_is_run_again_equals_an_uninterrupted_one(
     assert all(torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items())
     of2, of = results(whole)["arms"]
     assert [step for step, _ in of2["runs"][0]["curve"]] == [2, 4]
+    for first, second in (("of2/seed-0", "aside"), ("of/seed-0", "of2/seed-0"), ("aside", "of/seed-0")):
+        (killed / first).rename(killed / second)
+    assert main(["ablate", f"--config={path}", f"--out={killed}"]) == 2
+    assert "last.ckpt is of the run 'of/seed-0' and not of of2/seed-0: move" in capsys.readouterr().err
     finals = [[run["curve"][-1][1] for run in arm["runs"]] for arm in (of2, of)]
     assert len({*finals[0], *finals[1]}) == 4  # the seeds and the arms differ
     assert of2["loss"]["mean"] == pytest.approx(sum(finals[0]) / 2)
@@ -259,14 +263,15 @@ def test_the_trial_measures_a_step(base: Path) -> None:
         ({"curve": []}, r"ablation.curve = \[\]; it must be a non-empty list"),
         ({"curve": [["a", 1.0, 1.0]]}, r"ablation.curve\[0\] = .* it must be an optimizer step, a loss and seconds"),
         ({"seconds": "x"}, "ablation.seconds = 'x'; it must be a finite number"),
+        ({"run": "b/seed-0"}, "is of the run 'b/seed-0' and not of a/seed-0: move the folders back"),
     ],
 )
 def test_checkpoints_without_a_record_are_named(record: dict[str, Any] | None, words: str) -> None:
-    valid = {"curve": [[1, math.nan, 0.5]], "seconds": 0.5, "peak_memory_gib": 0.1}
-    assert record_in({"ablation": valid}, "step-1.ckpt") == valid
+    valid = {"run": "a/seed-0", "curve": [[1, math.nan, 0.5]], "seconds": 0.5, "peak_memory_gib": 0.1}
+    assert record_in({"ablation": valid}, "step-1.ckpt", "a/seed-0") == valid
     content = {} if record is None else {"ablation": valid | record}
     with pytest.raises(InputError, match=f"step-1.ckpt .*{words}.*move its run folder away"):
-        record_in(content, "step-1.ckpt")
+        record_in(content, "step-1.ckpt", "a/seed-0")
 
 
 def test_statistics_over_seeds() -> None:

@@ -44,21 +44,22 @@ def damage(path: Path, kind: str) -> None:
     if kind in ("value", "name", "type"):
         place = {"value": len(content) - 5, "name": content.index(b"clip a"), "type": content.index(b"F32")}[kind]
         content[place : place + 3] = b"I32" if kind == "type" else bytes(b ^ 1 for b in content[place : place + 3])
-    path.write_bytes({"truncated": content[:-5], "garbage": b"\x10" * 99}.get(kind, content))
+    other = path.with_name("000018.safetensors").read_bytes() if kind == "of another place" else b""
+    path.write_bytes({"truncated": content[:-5], "garbage": b"\x10" * 99}.get(kind, other or content))
 
 
-DAMAGES = ("truncated", "garbage", "without metadata", "value", "name", "type")
+DAMAGES = ("truncated", "garbage", "without metadata", "value", "name", "type", "of another place")
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_file_is_no_complete_chunk(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     path, intact = tmp_path / "000016.safetensors", tmp_path / "000017.safetensors"
-    for file in (path, intact):
+    for file in (path, intact, tmp_path / "000018.safetensors"):
         write_chunk(file, ["clip a"], {"truth/video": torch.ones(1, 9)}, SETTINGS)
     damage(path, kind)
     tensor_files.log.addHandler(caplog.handler)
     try:
-        assert complete_chunks([path, intact, tmp_path / "000018.safetensors"], SETTINGS) == {intact}
+        assert complete_chunks([path, intact, tmp_path / "000019.safetensors"], SETTINGS) == {intact}
     finally:
         tensor_files.log.removeHandler(caplog.handler)
     (message,) = set(caplog.messages)

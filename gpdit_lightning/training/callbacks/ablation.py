@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import Callback
 from gpdit_lightning.data.batches import TimedLoader
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import NoiseSchedule
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.model.layout import count_blocks
-from gpdit_lightning.schema import NUMBER, Constraint, check
+from gpdit_lightning.schema import NUMBER, Constraint, check, shown
 from gpdit_lightning.training.callbacks.held_out import StepInterval, averaged_backbone
 from gpdit_lightning.training.callbacks.metrics import LossTable, log_scalars
 from gpdit_lightning.training.callbacks.throughput import peak_memory_gib, reset_peak_memory
@@ -30,18 +31,22 @@ POINT = Constraint(
 SCHEMA = {"curve": [POINT], "seconds": NUMBER, "peak_memory_gib": NUMBER}
 
 
-def record_in(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+def record_in(content: Mapping[str, Any], name: str, run: str) -> dict[str, Any]:
     """Return the record of :class:`AblationRecord` in the content of a checkpoint.
 
     Args:
         content: of the checkpoint.
         name: of the checkpoint, for the message.
+        run: name of the run whose record it has to be; checkpoints of version 0.1.0 may lack it.
 
     Raises:
-        InputError: there is none, or it has other fields.
+        InputError: there is none, it has other fields, or it is that of another run.
     """
-    cure = "it is of a run outside of an ablation; move its run folder away, so that the run is trained again"
-    return dict(check(content, {KEY: SCHEMA}, "", name, cure)[KEY])
+    cure = "move its run folder away, so that the run is trained again"
+    record = check(content, {KEY: SCHEMA}, "", name, f"it is of a run outside of an ablation; {cure}")[KEY]
+    if (found := record.get("run", run)) != run:
+        raise InputError(f"{name} is of the run {shown(found)} and not of {run}: move the folders back, or {cure}.")
+    return dict(record)
 
 
 class AblationRecord(Callback):
@@ -51,7 +56,7 @@ class AblationRecord(Callback):
     data, the seed and the schedule of the run are. So the losses of runs with the same target are comparable. The
     averaged weights are validated. The loss is logged as `loss/ablation`.
 
-    The record, under `ablation` in a checkpoint: `curve`, a list of (optimizer step, loss, seconds until then);
+    The record, under `ablation` in a checkpoint: `run`; `curve`, a list of (optimizer step, loss, seconds until then);
     `seconds`, of all optimizer steps with the loading of their batches, without validation and checkpoints: CPU seconds
     of the process if it trains on the CPU, which do not depend on other load; and `peak_memory_gib`, as
     `system/peak_memory_gib`, but of this run alone.
@@ -60,10 +65,11 @@ class AblationRecord(Callback):
         data: the held-out batches.
         schedule: from noise levels to angles.
         every_steps: optimizer steps between validations; the last step of the run is always validated.
+        run: name of the run in its ablation, so that the checkpoints of no other run are used.
     """
 
-    def __init__(self, data: LatentDataModule, schedule: NoiseSchedule, every_steps: int) -> None:
-        self.data, self.schedule = data, schedule
+    def __init__(self, data: LatentDataModule, schedule: NoiseSchedule, every_steps: int, run: str) -> None:
+        self.data, self.schedule, self.run = data, schedule, run
         self._interval = StepInterval(every_steps)
         self._curve: list[tuple[int, float, float]] = []
         self._seconds = self._peak_memory_gib = 0.0
@@ -117,6 +123,7 @@ class AblationRecord(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the record to a checkpoint."""
         checkpoint[KEY] = {
+            "run": self.run,
             "curve": [list(point) for point in self._curve],
             "seconds": self._seconds,
             "peak_memory_gib": self._peak_memory_gib,
@@ -124,7 +131,7 @@ class AblationRecord(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the record from a checkpoint."""
-        record = record_in(checkpoint, "the checkpoint to resume from")
+        record = record_in(checkpoint, "the checkpoint to resume from", self.run)
         self._curve = [(int(step), float(loss), float(seconds)) for step, loss, seconds in record["curve"]]
         self._seconds, self._peak_memory_gib = record["seconds"], record["peak_memory_gib"]
 
