@@ -111,7 +111,7 @@ def test_a_killed_ablation_that_is_run_again_equals_an_uninterrupted_one(
     for first, second in (("of2/seed-0", "aside"), ("of/seed-0", "of2/seed-0"), ("aside", "of/seed-0")):
         (killed / first).rename(killed / second)
     assert main(["ablate", f"--config={path}", f"--out={killed}"]) == 2
-    assert "last.ckpt is of the run 'of/seed-0' and not of of2/seed-0: move" in capsys.readouterr().err
+    assert "is of the run 'of/seed-0' and not of of2/seed-0: move" in capsys.readouterr().err
     finals = [[run["curve"][-1][1] for run in arm["runs"]] for arm in (of2, of)]
     assert len({*finals[0], *finals[1]}) == 4  # the seeds and the arms differ
     assert of2["loss"]["mean"] == pytest.approx(sum(finals[0]) / 2)
