@@ -11,12 +11,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
+from gpdit_lightning.errors import InputError
+
 ESCAPING = "gpdit_lightning.escaping"
 """Error handler for encoding: characters that the encoding lacks are written as escapes."""
 
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # controls, line separators, surrogates
 MAX_DIGITS = 18  # of a count or an index, which fits into 64 bits
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:)/+(.*)", re.DOTALL)  # of two letters at least: no drive of Windows
 SCORE_NAMES = {
     "fid": "FID ↓",
     "is": "IS ↑",
@@ -70,6 +73,23 @@ def printable(text: str) -> str:
 def is_hub_name(text: str) -> bool:
     """Return whether a text is a name on the Hugging Face hub, like `user/model`, unless a folder `user` exists."""
     return HUB_NAME.fullmatch(text) is not None and not Path(text).parent.is_dir()
+
+
+def check_local(name: str, path: str | PurePath) -> None:
+    """Raise `InputError` if a path is an address such as https://host/file; `Path` makes https:/host/file of it.
+
+    A relative path through an existing folder whose name ends in a colon is no address.
+
+    Args:
+        name: the option, for the message.
+        path: the path, or the address.
+    """
+    address = ADDRESS.fullmatch(os.fspath(path))
+    if address and not os.path.lexists(address[1]):
+        raise InputError(
+            f"{name} is {address[1]}//{address[2]}, an address: give a path on this machine (of data, only data_dir "
+            "and the manifests of a recipe may be addresses)."
+        )
 
 
 def _escape(character: str) -> str:

@@ -299,7 +299,7 @@ def stages_of(chain: Path) -> list[Path]:
             f"{chain} has {', '.join(others)} beside stages, which no stage uses: give the settings of all stages in "
             "an overlay (--config) or as options."
         )
-    return [chain.parent / recipe_path(stage) for stage in stages]
+    return [chain.parent / recipe_path(stage, f"a stage of {chain}") for stage in stages]
 
 
 def is_launched(trainer: Trainer) -> bool:

@@ -11,6 +11,7 @@ import yaml
 from gpdit_lightning.cli.bounded_yaml import load_yaml, read_text
 from gpdit_lightning.data.source import KINDS
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.names import check_local
 
 SHIPPED = "gpdit:"  # `gpdit:stage2_mixed` is the shipped recipe stage2_mixed.yaml
 AUTO = "gpdit:auto"  # a recipe that `fit` plans for its data
@@ -24,18 +25,20 @@ def recipes_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
-def recipe_path(name: str | Path) -> Path:
+def recipe_path(name: str | Path, role: str = "the recipe") -> Path:
     """Return the file of a recipe.
 
     Args:
         name: a path, or `gpdit:` and the name of a shipped recipe: its path without `.yaml`, or the last part of the
             path if no other recipe has the same one (`gpdit:size/tiny`, `gpdit:tiny`).
+        role: what the recipe is, for the message about an address.
 
     Raises:
-        InputError: no shipped recipe has this name, or several have.
+        InputError: no shipped recipe has this name, or several have; or it is an address.
     """
     name = str(name)
     if not name.startswith(SHIPPED):
+        check_local(role, name)
         return Path(name)
     if name == AUTO:
         raise InputError(
@@ -122,7 +125,7 @@ def _chain_of_bases(path: Path, above: tuple[Path, ...], known: dict[str, list[P
         raise InputError(f"the `base` of {path} is {bases!r}: name a recipe, or a list of them.")
     chain = list[Path]()
     for base in bases:
-        chain += _chain_of_bases(path.parent / recipe_path(base), (*above, path), known)
+        chain += _chain_of_bases(path.parent / recipe_path(base, f"a base of {path}"), (*above, path), known)
         if len(chain) >= MAX_FILES or len(above) >= MAX_FILES:
             raise InputError(
                 f"{above[0] if above else path} builds on more than {MAX_FILES} files: merge some of them."

@@ -30,6 +30,7 @@ from gpdit_lightning.cli.value_checks import (
 from gpdit_lightning.devices import has_bf16
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import did_you_mean, import_object, is_import_path, resolve
+from gpdit_lightning.names import check_local
 from gpdit_lightning.options.shared import MAX_SEED, RecipeOptions
 from gpdit_lightning.training.loggers import RunFolderTensorBoard, place_in_run_folder
 from gpdit_lightning.training.strategies import ZERO_NAMES, register_strategies
@@ -41,6 +42,9 @@ DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,  # its FLOPs do not include this model's attention
 }
+
+# Options that must be paths on this machine; `latents` and the manifests may be addresses.
+LOCAL_PATHS = ("runs", "run_dir", "data.cache.directory", "model.init_args.initial_weights", "preview.codec_source")
 
 # Settings that a run fixes, since other values would contradict the batch plan or the run folder: value and advice.
 FIXED: dict[str, tuple[Any, str]] = {
@@ -140,6 +144,9 @@ class TrainingParser(RecipeParser):
         check_seed(cfg.get("seed_everything"))
         for name in ("runs", "run_dir", "latents", "data.cache.directory"):
             check_folder(name, cfg.get(name))
+        for name in LOCAL_PATHS:
+            if isinstance(path := cfg.get(name), str):
+                check_local(name, path)
         model = cfg.get("model")
         if isinstance(model, Namespace) and isinstance(model.get("init_args"), Namespace):
             check_arguments("model.init_args", import_object(model.class_path, "model"), model.init_args)

@@ -294,11 +294,11 @@ class Manifest:
 def _read(path: Folder) -> Any:
     """Read the JSON content of a manifest; errors as for `Manifest.load`."""
     if not isinstance(path, Path):
-        content = b"".join(read_blocks(str(path), MAX_JSON_BYTES))
+        content, cure = b"".join(read_blocks(str(path), MAX_JSON_BYTES)), f"check the address, or {PREPARE_AGAIN}"
         try:
-            parsed = parse_json(content, str(path), PREPARE_AGAIN)
+            parsed = parse_json(content, str(path), cure)
             if isinstance(parsed, dict):
-                check_content_hash(parsed, str(path), PREPARE_AGAIN)
+                check_content_hash(parsed, str(path), cure)
             return parsed
         except InputError as error:  # the reply may have been cut off, or be a page about a failure of the server
             raise FailedDownloadError(str(error)) from None

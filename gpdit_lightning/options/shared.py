@@ -1,13 +1,13 @@
 """Options that several verbs share."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.names import as_text
+from gpdit_lightning.names import as_text, check_local
 
 Precision = Literal["auto", "32", "bf16"]
 
@@ -65,13 +65,22 @@ def _is_required(record: Any, name: str) -> bool:
 
 
 class OptionRecord:
-    """Base of the records of options; converts strings to paths, and single paths and strings to tuples of one."""
+    """Base of the records of options; converts strings to paths, and single paths and strings to tuples of one.
+
+    Texts are taken for paths, which must not be addresses, except those of `NO_PATHS`.
+    """
+
+    NO_PATHS: ClassVar[Collection[str]] = ("data_dir", "overrides", "label", "source_pattern", "group_pattern")
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             value, types = getattr(self, name), (hint, *get_args(hint))
-            if any(item == "" for item in (value if isinstance(value, list | tuple) else [value])):
+            items = value if isinstance(value, list | tuple) else [value]
+            if any(item == "" for item in items):
                 raise InputError(f"--{name} is empty: give a value, or leave the option out.")
+            for item in items:
+                if isinstance(item, str | Path) and name not in self.NO_PATHS:
+                    check_local(f"--{name}", item)
             if isinstance(value, list | tuple) and not value and _is_required(self, name):
                 raise InputError(f"--{name} is an empty list: give at least one value.")
             takes_paths = Sequence[Path] in types

@@ -1,5 +1,6 @@
 """Values that no option can use: each type of option accepts or refuses them with one clear sentence."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -8,10 +9,13 @@ import pytest
 import yaml
 from jsonargparse import Namespace
 
-from gpdit_lightning.cli import VERBS, record_of
+from gpdit_lightning.cli import VERBS, record_of, run
 from gpdit_lightning.cli.parsing import option_names, parse, parser_of
+from gpdit_lightning.cli.recipe_cli import parse_recipe
+from gpdit_lightning.cli.trainer_settings import LOCAL_PATHS
 from gpdit_lightning.cli.value_checks import LIMITS, check_folder, check_limits, check_values
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.names import check_local
 from gpdit_lightning.training.callbacks.previews import Preview
 from gpdit_lightning.training.callbacks.scores import Scores
 
@@ -107,6 +111,57 @@ def test_empty_lists_and_names_that_a_recipe_cannot_record_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=sentence):
         parse(verb, "Does something.", record_of(verb), words)
+
+
+# Options of type str that are paths.
+PATHS = {
+    *("videos", "images", "image_tars", "annotations", "context", "examples", "source"),
+    *("checkpoint", "reference", "codec_source", "config"),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_addresses_are_refused_where_a_path_is_needed(verb: str) -> None:
+    """`Path` would make a folder `https:` of the address of an output, and the message would show one slash."""
+    record = record_of(verb)
+    hints = get_type_hints(record)
+    required = {
+        field.name: {"a": {"b": 1}} if field.name == "arms" else Path("x") if hints[field.name] is Path else ["x"]
+        for field in dataclasses.fields(record)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    paths = [name for name, hint in hints.items() if "Path" in str(hint) or name in PATHS]
+    assert paths
+    for name in paths:
+        for address in ("https://host/file", Path("https://host/file"), ["x", "s3://bucket/x"]):
+            sentence = rf"^--{name} is (https://host/file|s3://bucket/x), an address: give a path on this machine"
+            with pytest.raises(InputError, match=sentence):
+                record(**required | {name: address})
+
+
+def test_addresses_in_recipes_are_refused_where_a_path_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("base: https://host/x.yaml")
+    (tmp_path / "chain.yaml").write_text("stages: [https://host/x.yaml]")
+    base, chain, tiny = (
+        f"--config={tmp_path}/base.yaml",
+        f"--config={tmp_path}/chain.yaml",
+        "--config=gpdit:stage2_mixed",
+    )
+    for words, named in (
+        (["fit", base], f"a base of {tmp_path}/base.yaml is https://host/x.yaml"),
+        (["chain", chain], f"a stage of {tmp_path}/chain.yaml is https://host/x.yaml"),
+        *((["fit", tiny, f"--{name}=https://host/x"], f"{name} is https://host/x") for name in LOCAL_PATHS),
+    ):
+        with pytest.raises(InputError, match=f"^{named}, an address: give a path on this machine"):
+            run(words[0], words[1:])
+    parse_recipe("fit", [tiny, "--latents=s3://bucket"])
+
+
+def test_a_path_through_a_folder_with_a_colon_is_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("Film:").mkdir()
+    check_local("--out", Path("Film:/a.mp4"))
+    check_local("--out", "C:/a.mp4")
 
 
 @pytest.mark.parametrize("value", ["", " ", "null", "???", "[]", "{a: 1}", "x" * 5000, 5, None])
