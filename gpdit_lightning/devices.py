@@ -140,7 +140,7 @@ def available_device(name: str) -> "torch.device":
         return torch.device("cpu")
     try:
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # the last for a device of a package, such as hpu
         raise InputError(f"the device {name!r} cannot be used ({message_line(error)}): try cpu or cuda.") from None
     if device.type == "meta":
         raise InputError("the device 'meta' stores no values: try cpu or cuda.")

@@ -20,6 +20,7 @@ from gpdit_lightning.model import NO_LABEL
 from gpdit_lightning.model.layout import BlockLayout
 from gpdit_lightning.names import counted, nearest_names, number_in
 from gpdit_lightning.options.sample import ALL_CLASSES, GenerationOptions, RolloutOptions
+from gpdit_lightning.specs import FRAME_RATE
 
 DEFAULT_FRAMES = 16  # pixel frames that are generated after a context
 
@@ -195,7 +196,8 @@ def context_settings(
     """Return how contexts are read: like the training clips unless the options say otherwise.
 
     Raises:
-        InputError: the options give a context that does not consist of whole blocks of the model.
+        InputError: the options give a context that does not consist of whole blocks of the model, or a stride at which
+            images would have no possible frame rate.
     """
     frames, geometry, layout = options.context_frames, trained.geometry, layout_of(trained, codec)
     stride = options.stride or geometry.stride
@@ -205,14 +207,19 @@ def context_settings(
         check_context_frames(frames, layout, codec)
     elif latents:
         frames = codec.pixel_frames(latents)
+    # By default the rate of the result is that of training at any stride.
+    fps = DEFAULT_FPS * stride / geometry.stride if options.fps is None else options.fps
+    if options.fps is None and not FRAME_RATE.accepts(fps):
+        raise InputError(
+            f"--stride is {stride}, so that images would have {fps:g} frames per second: give another --stride, or --fps."
+        )
     return ContextSettings(
         frames=frames or 0,
         stride=stride,
         sizes=trained_sizes(options.size, trained),
         ground_truth_frames=ground_truth_frames,
         start=options.start,
-        # By default the rate of the result is that of training at any stride.
-        fps=DEFAULT_FPS * stride / geometry.stride if options.fps is None else options.fps,
+        fps=fps,
         video_fps=geometry.fps,
         may_be_shorter=options.context_frames is None,
         layout=layout,

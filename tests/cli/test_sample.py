@@ -251,6 +251,7 @@ def other_codec(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         ("--context latents/manifest.json", ["manifest.json is not a readable video"]),
         ("--checkpoint nowhere", ["no checkpoint at nowhere"]),
         ("--start=99", ["99 is after the end"]),
+        ("--stride=1000000", ["--stride is 1000000, so that images would have", "per second: give another --stride"]),
         ("--size=40x40", ["40x40", "trained on 32x32"]),
         ("--codec_source=OTHER/weights", ["of different codecs (fingerprint"]),
         ("--codec_source=/nowhere", ["/nowhere"]),
