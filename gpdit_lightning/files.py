@@ -50,7 +50,7 @@ def check_writable(path: Path, option: str = "--out", is_folder: bool = False, e
 
     Raises:
         InputError: the name has another extension or is too long, the closest existing parent is not a writable folder,
-            or the path of the file is a folder.
+            or the path of the file is that of a folder, a pipe, a socket or a device.
     """
     file = path.absolute() / "file" if is_folder else path.absolute()
     folder = next(parent for parent in file.parents if os.path.exists(parent))
@@ -67,6 +67,15 @@ def check_writable(path: Path, option: str = "--out", is_folder: bool = False, e
             pass
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror}): give another {option}.") from None
+    if not is_folder:
+        _check_replaceable(path, f"give another {option}")
+
+
+def _check_replaceable(path: Path, cure: str) -> None:
+    """Raise `InputError` if a path is that of a pipe, a socket or a device, which renaming a file to it would remove."""
+    kind = stat.S_IFMT(os.lstat(path).st_mode) if os.path.lexists(path) else stat.S_IFREG
+    if kind not in (stat.S_IFREG, stat.S_IFLNK, stat.S_IFDIR):
+        raise InputError(f"{path} cannot be written, since it is a pipe, a socket or a device: {cure}.")
 
 
 def publish(path: Path) -> None:
@@ -96,8 +105,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     After an exception the partial file is removed and an existing file at `path` is unchanged. A process that is
     killed leaves at most the partial file.
+
+    Raises:
+        InputError: the path is that of a pipe, a socket or a device.
+        OSError: the file cannot be written, or the path is that of a folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _check_replaceable(path, "move it away, or give another path")
     partial_path(path).unlink(missing_ok=True)  # a leftover, which might be a link or a pipe
     try:
         yield partial_path(path)

@@ -24,7 +24,15 @@ from gpdit_lightning.evaluation.chunk_files import ChunkFiles
 from gpdit_lightning.evaluation.network_files import load_script, verify_file
 from gpdit_lightning.evaluation.reference import AdmFile, Reference
 from gpdit_lightning.evaluation.report import Report
-from gpdit_lightning.files import BoundedReader, atomic_write, process_lock, read_bounded, read_lines, sha256_of
+from gpdit_lightning.files import (
+    BoundedReader,
+    atomic_write,
+    check_writable,
+    process_lock,
+    read_bounded,
+    read_lines,
+    sha256_of,
+)
 from gpdit_lightning.hashes import remembered_sha256
 from gpdit_lightning.media.containers import open_video
 from gpdit_lightning.media.finding import find_media
@@ -131,6 +139,22 @@ def test_a_reader_refuses_what_is_no_regular_file(reader: str, tmp_path: Path, m
         assert "the reader waits" not in error, kind
         # The reader of an optional file may take a link to nothing as absent.
         assert path.name in error or path.parent.name in error or "link" in kind, f"{kind}: {error}"
+
+
+def test_a_write_replaces_no_pipe_and_no_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renaming a file to /dev/null would replace it for all programs."""
+    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+    os.mkfifo("pipe.png")
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind("socket.png")
+        for name in ("pipe.png", "socket.png"):
+            path = tmp_path / name
+            with pytest.raises(InputError, match=f"{name} cannot be written, since it is a pipe, .*give another --out"):
+                check_writable(path)
+            with pytest.raises(InputError, match=f"{name} cannot be written"), atomic_write(path) as partial:
+                partial.write_bytes(b"")
+            assert not path.is_file()
+            assert path.exists()
 
 
 def test_a_leftover_pipe_does_not_stop_an_atomic_write(tmp_path: Path) -> None:

@@ -211,7 +211,8 @@ def context_settings(
     fps = DEFAULT_FPS * stride / geometry.stride if options.fps is None else options.fps
     if options.fps is None and not FRAME_RATE.accepts(fps):
         raise InputError(
-            f"--stride is {stride}, so that images would have {fps:g} frames per second: give another --stride, or --fps."
+            f"--stride is {stride}, so that images would have {fps:g} frames per second: give another --stride, or "
+            "--fps."
         )
     return ContextSettings(
         frames=frames or 0,
