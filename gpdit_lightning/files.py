@@ -72,7 +72,7 @@ def check_writable(path: Path, option: str = "--out", is_folder: bool = False, e
 
 
 def _check_replaceable(path: Path, cure: str) -> None:
-    """Raise `InputError` if a path is that of a pipe, a socket or a device, which renaming a file to it would remove."""
+    """Raise `InputError` if a path is that of a pipe, a socket or a device: renaming a file to it would remove it."""
     kind = stat.S_IFMT(os.lstat(path).st_mode) if os.path.lexists(path) else stat.S_IFREG
     if kind not in (stat.S_IFREG, stat.S_IFLNK, stat.S_IFDIR):
         raise InputError(f"{path} cannot be written, since it is a pipe, a socket or a device: {cure}.")
