@@ -48,11 +48,13 @@ def remembered_sha256(path: Path) -> str:
     try:
         key = hashlib.sha256(f"{platform.node()}\n{path.resolve()}".encode("utf-8", "surrogateescape")).hexdigest()
         record = FOLDER.expanduser() / f"{key}.json"
+        # Lock files are never removed: a process that has opened one before could hold a lock that no other sees.
+        lock = record.parent / "locks" / key[:2]
         record.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except (OSError, RuntimeError):  # no home folder, or none that can be written
+        lock.parent.mkdir(exist_ok=True)
+        open_regular(lock, os.O_RDWR | os.O_CREAT).close()
+    except (OSError, RuntimeError):  # no home folder, or none that can be written, such as that of a compute node
         return _compute(path)[0]
-    # Lock files are never removed: a process that has opened one before could hold a lock that no other process sees.
-    lock = record.parent / "locks" / key[:2]
     last_progress, last_change = 0, time.monotonic()
     while True:
         known = _recall(record, identity)

@@ -1,5 +1,6 @@
 """Hashes of files that are remembered."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from gpdit_lightning import hashes
+from gpdit_lightning import files, hashes
 from gpdit_lightning.errors import InputError, TransientError
-from gpdit_lightning.files import process_lock
+from gpdit_lightning.files import open_regular, process_lock
 from gpdit_lightning.hashes import remembered_sha256
 
 
@@ -112,10 +113,26 @@ def test_a_process_that_stopped_while_it_read_is_not_waited_for(
         os.waitpid(child, 0)
 
 
-def test_without_a_home_folder_files_are_read_each_time(
-    file: Path, reads: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("existing", ["nothing", "records", "locks"])
+def test_without_a_home_folder_that_can_be_written_files_are_read_each_time(
+    existing: str, file: Path, reads: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hashes, "FOLDER", file / "not a folder")
+    """On compute nodes, a home folder with records of other machines may be read-only."""
+    if existing == "nothing":
+        monkeypatch.setattr(hashes, "FOLDER", file / "not a folder")
+    else:
+        monkeypatch.setattr(hashes, "FOLDER", file.with_name(existing))
+        locks = file.with_name(existing) / "locks"
+        locks.parent.mkdir()
+        locks.touch() if existing == "records" else locks.mkdir()
+
+    def no_write(path: Path, flags: int = os.O_RDONLY) -> Any:
+        if flags != os.O_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return open_regular(path, flags)
+
+    monkeypatch.setattr(hashes, "open_regular", no_write)
+    monkeypatch.setattr(files, "open_regular", no_write)
     assert [remembered_sha256(file) for _ in range(2)] == [sha256(file)] * 2
     assert reads.read_text().count("read") == 2
 
