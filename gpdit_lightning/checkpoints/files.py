@@ -17,7 +17,7 @@ later steps, whatever the times of files are.
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,10 +246,17 @@ def _is_emptied(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and not mark_path(path).exists() and not (path / TRAINING).exists()
 
 
+def damaged_checkpoints(folder: Path, after: int) -> Iterator[tuple[Path, str]]:
+    """Yield the damaged checkpoints of steps above `after`, newest first, each with its damage in words."""
+    for path in _by_step(folder):
+        if _step(path) > after and (damage := damage_of(path, verify=True)):
+            yield path, damage
+
+
 def unmark_damaged(folder: Path, after: int) -> None:
     """Rename the marks of damaged checkpoints of steps above `after`, so that pruning does not count them."""
-    for path in _by_step(folder):
-        if _step(path) > after and mark_path(path).exists() and damage_of(path, verify=True):
+    for path, _ in damaged_checkpoints(folder, after):
+        if mark_path(path).exists():
             mark_path(path).replace(mark_path(path).with_suffix(".torn"))
 
 

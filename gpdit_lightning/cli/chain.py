@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed
+from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from gpdit_lightning.checkpoints.facts import Origin
-from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint
+from gpdit_lightning.checkpoints.files import damaged_checkpoints, last_checkpoint, open_checkpoint
 from gpdit_lightning.checkpoints.marks import checkpoint_sha256
 from gpdit_lightning.cli import fit
 from gpdit_lightning.cli.failures import DEBUG
@@ -36,6 +37,7 @@ from gpdit_lightning.options.chain import ChainOptions
 from gpdit_lightning.options.shared import RecipeOptions
 from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
 from gpdit_lightning.training.internals import launched_processes
+from gpdit_lightning.training.run_folder import CHECKPOINTS
 
 PRINT_CONFIG = "--print_config"
 
@@ -139,7 +141,7 @@ def read_stages(configs: Sequence[str], others: Sequence[str]) -> Chain:
         before = stages[-1] if stages else None
         weights = [f"--model.init_args.initial_weights={before.run_dir}"] if before else []
         options = RecipeOptions(config=[str(path) for path in (recipe, *overlays)], overrides=[*others, *weights])
-        settings = parse_recipe("fit", options.fit_arguments)
+        settings = parse_stage(options, recipe)
         if settings.trainer.max_steps < 1:
             raise InputError(f"{recipe}: trainer.max_steps is {settings.trainer.max_steps}: set a number of steps.")
         name = f"stage {number} of {len(recipes)}"
@@ -161,6 +163,24 @@ def read_stages(configs: Sequence[str], others: Sequence[str]) -> Chain:
     if not stages:
         raise InputError(f"{path} has no stage with data ({'; '.join(notes)}): {how_to_prepare(KINDS)}.")
     return Chain(stages, notes)
+
+
+def parse_stage(options: RecipeOptions, recipe: Path) -> Namespace:
+    """Return the resolved recipe of a stage.
+
+    Args:
+        options: the options of `fit`.
+        recipe: the file of the stage, for messages.
+
+    Raises:
+        InputError: the recipe is invalid.
+    """
+    try:
+        return parse_recipe("fit", options.fit_arguments)
+    except InputError as error:
+        if str(recipe) in str(error):
+            raise
+        raise InputError(f"{recipe}: {error}") from error
 
 
 def reason_to_leave_out(selection: Selection, before: Collection[str]) -> str:
@@ -263,16 +283,18 @@ def check(stages: Sequence[Stage]) -> None:
             continue
         origin, step = following.state.origin, stage.state.step
         cure = f"remove {following.run_dir} to train that stage again"
+        damaged = next(damaged_checkpoints(Path(stage.run_dir, CHECKPOINTS), step), None)
+        reason = f", since {damaged[0]} is not complete ({damaged[1]})" if damaged else ""
         if origin is None or stage.state.sha256 is None or origin.sha256 != stage.state.sha256:
             began = f"from the weights of {origin.path} (step {origin.step})" if origin else "from random weights"
             raise InputError(
-                f"{following.run_dir} began {began}, not from the current weights of {stage.run_dir} (step {step}): "
-                f"{cure}, restore those weights, or give --runs NEW for a new chain."
+                f"{following.run_dir} began {began}, not from the current weights of {stage.run_dir} (step "
+                f"{step}{reason}): {cure}, restore those weights, or give --runs NEW for a new chain."
             )
         if step < stage.steps:
             raise InputError(
-                f"{stage.run_dir} is at step {step} of {stage.steps}, but {following.run_dir} has begun from it: "
-                f"{cure}, or set trainer.max_steps to {step}."
+                f"{stage.run_dir} is at step {step} of {stage.steps}{reason}, but {following.run_dir} has begun from "
+                f"it: {cure}, or set trainer.max_steps to {step}."
             )
 
 
@@ -286,7 +308,7 @@ def stages_of(chain: Path) -> list[Path]:
     """Return the recipes that a chain lists, relative to its file.
 
     Raises:
-        InputError: it lists none, or has other fields.
+        InputError: it lists none or another chain, a recipe cannot be read, or it has other fields.
     """
     content = read_yaml(chain)
     stages = content.get("stages")
@@ -299,7 +321,10 @@ def stages_of(chain: Path) -> list[Path]:
             f"{chain} has {', '.join(others)} beside stages, which no stage uses: give the settings of all stages in "
             "an overlay (--config) or as options."
         )
-    return [chain.parent / recipe_path(stage, f"a stage of {chain}") for stage in stages]
+    recipes = [chain.parent / recipe_path(stage, f"a stage of {chain}") for stage in stages]
+    if inner := next((recipe for recipe in recipes if "stages" in read_yaml(recipe)), None):
+        raise InputError(f"{chain} lists {inner}, which is a chain itself: list its recipes instead.")
+    return recipes
 
 
 def is_launched(trainer: Trainer) -> bool:

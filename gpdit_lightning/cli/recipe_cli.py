@@ -18,7 +18,7 @@ from gpdit_lightning.cli.bounded_yaml import PARSER_MODE
 from gpdit_lightning.cli.class_errors import check_classes, check_constructors
 from gpdit_lightning.cli.messages import PREFIX, relevant_part
 from gpdit_lightning.cli.outside_code import announce, outside_classes, without_options
-from gpdit_lightning.cli.recipe_files import with_bases, without_earlier_manifests
+from gpdit_lightning.cli.recipe_files import read_yaml, with_bases, without_earlier_manifests
 from gpdit_lightning.cli.trainer_settings import (
     FIXED,
     TrainingParser,
@@ -78,6 +78,13 @@ HIDDEN_MESSAGES = (
     "`Trainer(val_check_interval=1)` was configured",
     "`Trainer.fit` stopped: `max_steps",
 )
+
+
+# Fields of files that are no recipes of `fit`; what such a file is, and what to do with it.
+RECIPES_OF_OTHER_VERBS = {
+    "stages": "a chain of stages: give it to `chain` as the first --config, or give one of its recipes here",
+    "arms": "an ablation with several arms: give it to `ablate`",
+}
 
 
 class SaveRecipe(Callback):
@@ -349,12 +356,12 @@ def _parse(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) -> Recipe
             load_from_checkpoint_support=False,
         )
     except InputError as error:
-        if "Option 'stages' is not accepted" in str(error):
-            raise InputError(f"the recipe is a chain of stages: train it by `chain`, not by `{verb}`.") from None
-        if re.search(r"Option 'arms\b", str(error)):
-            raise InputError(
-                f"the recipe is an ablation with several arms: train it by `ablate`, not by `{verb}`."
-            ) from None
+        for field, cure in RECIPES_OF_OTHER_VERBS.items():
+            if re.search(rf"Option '{field}\b", str(error)):
+                words = [word.partition("=") for word in arguments]
+                files = [Path(value) for name, _, value in words if name == "--config" and not value.startswith("{")]
+                named = next((path for path in files if field in read_yaml(path)), "the recipe")
+                raise InputError(f"{named} is {cure}.") from None
         if PREFIX in str(error):
             check_classes(arguments)
         raise

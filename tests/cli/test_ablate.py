@@ -190,7 +190,7 @@ def test_arms_that_cannot_be_meant_are_refused_before_anything_is_trained(
         assert re.search(message, capsys.readouterr().err)
         assert not (tmp_path / "out").exists()
     assert main(["fit", f"--config={write_ablation(base, {'a': OF}, out='out')}"]) == 2
-    assert "train it by `ablate`, not by `fit`" in capsys.readouterr().err
+    assert f"{path.parent}/ablation.yaml is an ablation with several arms: give it to" in capsys.readouterr().err
 
 
 def test_a_file_and_a_command_line_give_the_same_ablation(base: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tests.checkpoints.content import read_checkpoint
 
 BACKBONE = {"size": "tiny", "layers": 1, "width": 24, "heads": 2, "mlp_width": 48, "latent_channels": 4}
 STEPS = 4
+DAMAGED = f"step-{STEPS}.ckpt/training.ckpt has another sha256 than when it was written"
 
 
 @pytest.fixture
@@ -332,11 +333,29 @@ def test_a_stage_with_a_damaged_last_checkpoint_resumes_from_the_previous_one(
     assert read_checkpoint(mixed)["gpdit"]["origin"] == expected
     capsys.readouterr()
     assert main(["chain", f"--config={chain}", f"--runs={runs}"]) == 2
-    assert f"{first} is at step {STEPS - 1} of {STEPS}, but {mixed} has begun from it" in capsys.readouterr().err
+    damage = f"{first}/checkpoints/step-{STEPS}.ckpt is not complete ({DAMAGED})"
+    message = f"{first} is at step {STEPS - 1} of {STEPS}, since {damage}, but {mixed} has begun from it"
+    assert message in capsys.readouterr().err
     shutil.rmtree(mixed)
     assert main(["chain", f"--config={chain}", f"--runs={runs}"]) == 0
     assert f"ImageWarmupStage: resumes from step {STEPS - 1}" in capsys.readouterr().out
     assert [read_checkpoint(run)["global_step"] for run in (first, mixed)] == [STEPS] * 2
+
+
+def test_a_stage_whose_predecessor_was_damaged_later_is_refused_with_the_damaged_file(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    first, mixed = runs / "ImageWarmupStage", runs / "MixedStage"
+    command = ["chain", f"--config={shorten(chain, 2)}", f"--runs={runs}"]
+    assert main(command) == 0
+    damaged = damage_last_of(first)
+    capsys.readouterr()
+    assert main(command) == 2
+    assert (
+        f"error: {mixed} began from the weights of {first} (step {STEPS}), not from the current weights of {first} "
+        f"(step {STEPS - 1}, since {damaged} is not complete ({DAMAGED})): "
+    ) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["stages: []", "stages: one.yaml", "run_dir: x"])
@@ -346,6 +365,20 @@ def test_a_file_without_a_list_of_stages_is_refused(
     (tmp_path / "no.yaml").write_text(text)
     assert main(["chain", "--config", str(tmp_path / "no.yaml")]) == 2
     assert "no.yaml is not a chain" in capsys.readouterr().err
+
+
+def test_the_file_of_an_invalid_stage_is_named(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outer = chain.with_name("outer.yaml")
+    outer.write_text(f"stages: [ImageWarmupStage.yaml, {chain.name}]")
+    assert main(["chain", "--config", str(outer)]) == 2
+    assert f"error: {outer} lists {chain}, which is a chain itself: list its recipes" in capsys.readouterr().err
+    for words in (["fit", "--config", str(outer)], ["chain", "--config", str(chain), str(outer)]):
+        assert main(words) == 2
+        assert f"{outer} is a chain of stages: give it to `chain` as the first --config" in capsys.readouterr().err
+    mixed = chain.with_name("MixedStage.yaml")
+    mixed.write_text(mixed.read_text().replace("max_steps", "max_stepz"))
+    assert main(["chain", "--config", str(chain)]) == 2
+    assert f"error: {mixed}: the recipe or the command line cannot be used: " in capsys.readouterr().err
 
 
 def test_settings_in_the_file_of_a_chain_are_refused(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
