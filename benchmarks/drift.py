@@ -140,7 +140,7 @@ def draw(results: dict[str, list[DriftCurves]], path: Path) -> None:
     """Draw both curves: the mean over the models of an arm, and the range between them."""
     from matplotlib.figure import Figure  # takes half a second to import
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4 + 0.1 * len(results)), layout="constrained")
     for axes, name, label in zip(
         figure.subplots(1, 2), ("ratios", "distances"), ("error ratio", "distance of statistics"), strict=True
     ):
@@ -153,7 +153,7 @@ def draw(results: dict[str, list[DriftCurves]], path: Path) -> None:
         axes.set_ylabel(label)
         axes.set_yscale("log")
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, format="png", dpi=110)
 
 
