@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
-from gpdit_lightning.data.manifest import Manifest, ShardEntry
+from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.order import BucketOrder
 from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
+from gpdit_lightning.data.shard_entry import ShardEntry
 from gpdit_lightning.specs import CodecSpec
 
 SHAPES = ((1, 16, 32, 32), (1, 16, 24, 40), (1, 16, 40, 24))  # the paper's sizes

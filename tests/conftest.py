@@ -21,7 +21,8 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from gpdit_lightning import GPDiT, GPDiTConfig
-from gpdit_lightning.data.manifest import Kind, Manifest, Split
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.shard_entry import Kind, Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.specs import CodecSpec
 

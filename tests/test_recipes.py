@@ -14,7 +14,8 @@ from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import main
 from gpdit_lightning.cli.chain import stages_of
-from gpdit_lightning.data.manifest import ARRAYS, Kind, Manifest
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.shard_entry import ARRAYS, Kind
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.estimation.loading import shared_memory_bytes
 from gpdit_lightning.model.layout import BlockLayout

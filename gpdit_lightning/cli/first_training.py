@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from gpdit_lightning.data.manifest import Kind, Manifest
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.shard_entry import Kind
 from gpdit_lightning.devices import Machine, this_machine
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.memory import parameter_count

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from gpdit_lightning.data.buckets import Bucket, LoadedSample
 from gpdit_lightning.data.cache import ShardCache
 from gpdit_lightning.data.held_out import HeldOutPass
-from gpdit_lightning.data.manifest import PREPARE_AGAIN
 from gpdit_lightning.data.plan import Plan
+from gpdit_lightning.data.shard_entry import PREPARE_AGAIN
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.randomness import FLIP, LABEL_DROPOUT, POSTERIOR_SAMPLE, TRAIN_CONTEXT_NOISE, generator

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpdit_lightning.data.cache import ShardCache
-from gpdit_lightning.data.manifest import PREPARE_AGAIN, Folder, Manifest, ShardEntry
+from gpdit_lightning.data.manifest import Folder, Manifest
 from gpdit_lightning.data.plan import PlannedBucket
+from gpdit_lightning.data.shard_entry import PREPARE_AGAIN, ShardEntry
 from gpdit_lightning.data.shards import DamagedSampleError, DamagedShardError, ShardReader
 from gpdit_lightning.errors import InputError
 

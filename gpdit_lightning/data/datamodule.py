@@ -23,23 +23,30 @@ from gpdit_lightning.data.batches import (
 from gpdit_lightning.data.buckets import Bucket
 from gpdit_lightning.data.cache import CacheConfig
 from gpdit_lightning.data.held_out import HeldOutPass
-from gpdit_lightning.data.manifest import Manifest, Split
 from gpdit_lightning.data.order_record import UNRECORDED_DEFAULTS, check_order
 from gpdit_lightning.data.plan import Plan, PlannedSource, Sampling
 from gpdit_lightning.data.ranks import check_same_on_ranks
 from gpdit_lightning.data.selection import (
     and_list,
-    load_manifest,
     log_repeated,
     no_source_error,
     select_sources,
     sources_of_run,
 )
+from gpdit_lightning.data.shard_entry import Split
 from gpdit_lightning.data.source import KINDS, SourceConfig, SourceName
+from gpdit_lightning.data.source_manifests import (
+    any_has,
+    any_remote,
+    check_kinds,
+    class_names,
+    common_codec,
+    load_manifests,
+)
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.randomness import TRAIN_NOISE, VALIDATION_NOISE
 from gpdit_lightning.schema import CONTENT_HASH
-from gpdit_lightning.specs import ClipGeometry, CodecSpec
+from gpdit_lightning.specs import ClipGeometry
 
 log = logging.getLogger(__name__)
 
@@ -153,15 +160,14 @@ class LatentDataModule(LightningDataModule):
         if not selection.configs:
             raise no_source_error(selection)
         self.configs = selection.configs
-        self.manifests = self._load_manifests()
+        self.manifests = load_manifests(self.configs)
         self._log_selection(configs, allowed, selection.left_out)
-        self._check_kinds()
-        self.codec = self._common_codec()
-        self.classes = self._classes()
-        remote = any(not isinstance(manifest.directory, Path) for manifest in self._all_manifests)
-        self.cache = cache.open() if remote else None
-        self._has_posterior = self._have("posterior", required=posterior == "sample")
-        self._has_flips = self._have("flips", required=flips is True)
+        check_kinds(self.manifests)
+        self.codec = common_codec(self.manifests)
+        self.classes = class_names(self.manifests) if labels else ()
+        self.cache = cache.open() if any_remote(self.manifests) else None
+        self._has_posterior = any_has("posterior", self.manifests, required=posterior == "sample")
+        self._has_flips = any_has("flips", self.manifests, required=flips is True)
         self.posterior_samples = self._has_posterior and posterior != "mean"
         self.flips = self._has_flips and flips is not False
         self.buckets = {split: self._buckets_of(split) for split in ("train", "validation")}
@@ -169,15 +175,6 @@ class LatentDataModule(LightningDataModule):
         self._check_cache_size()
         has_validation = bool(self.buckets["validation"])
         self.validation_plan = self._make_plan("validation", 0.0, max_ranks, "joint") if has_validation else None
-
-    def _load_manifests(self) -> dict[str, list[Manifest]]:
-        """Load the manifests of each source; one that several sources name is read once, since its file may change."""
-        loaded = dict[str, Manifest]()
-        for name, config in self.configs.items():
-            for path in config.manifests:
-                if path not in loaded:
-                    loaded[path] = load_manifest(path, f"data.{name}.manifests", self.configs)
-        return {name: [loaded[path] for path in config.manifests] for name, config in self.configs.items()}
 
     def setup(self, stage: str) -> None:
         """Raise `InputError` on all ranks unless each of them has read the same manifests and settings of the order."""
@@ -286,10 +283,6 @@ class LatentDataModule(LightningDataModule):
         """Return the folders of the manifests of each source, by the option in a recipe."""
         return {f"data.{name}.manifests": [str(m.directory) for m in found] for name, found in self.manifests.items()}
 
-    @property
-    def _all_manifests(self) -> list[Manifest]:
-        return [manifest for manifests in self.manifests.values() for manifest in manifests]
-
     def _check_cache_size(self) -> None:
         """Raise InputError if the shards of the current and next windows do not fit into the cache."""
         if self.cache is None:
@@ -302,17 +295,6 @@ class LatentDataModule(LightningDataModule):
                 f"data.cache.gib is {self.cache.limit / 2**30:.3g}, but the shards of the current and the next "
                 f"shuffle windows take {needed / 2**30:.3g}: raise it, or lower shuffle_window of the sources."
             )
-
-    def _check_kinds(self) -> None:
-        for name, manifests in self.manifests.items():
-            for manifest in manifests:
-                kinds = {entry.kind for entry in manifest.shards}
-                if kinds and KINDS[name] not in kinds:
-                    fitting = " or ".join(f"data.{source}" for source, kind in KINDS.items() if kind in kinds)
-                    raise InputError(
-                        f"data.{name}.manifests names {manifest.path}, which has {' and '.join(sorted(kinds))} "
-                        f"samples: give it to {fitting}."
-                    )
 
     def _log_selection(
         self, configs: Mapping[str, SourceConfig], allowed: Sequence[str], left_out: Mapping[str, str]
@@ -327,49 +309,6 @@ class LatentDataModule(LightningDataModule):
         for name, config in configs.items():
             if config.manifests and allowed and name not in allowed:
                 log.info("data.%s.manifests is not used, since this stage trains on %s", name, used)
-
-    def _common_codec(self) -> CodecSpec:
-        first, *others = self._all_manifests
-        for other in others:
-            first.codec.check_same(other.codec, str(first.path), str(other.path), "prepare both with the same codec")
-        return first.codec
-
-    def _classes(self) -> tuple[str, ...]:
-        if not self.labels:
-            return ()
-        classes = tuple(dict.fromkeys(name for manifest in self._all_manifests for name in manifest.labels))
-        if not classes:
-            raise InputError(
-                f"data.labels is true, but no manifest lists labels (such as {self._all_manifests[0].path}): prepare "
-                "the data with --labels or --annotations, or set data.labels to false."
-            )
-        return classes
-
-    def _have(self, option: Literal["posterior", "flips"], required: bool) -> bool:
-        """Return whether any training shard has the posterior, or the flipped clips.
-
-        Args:
-            option: name of the option.
-            required: whether the recipe requires it of all of them.
-
-        Raises:
-            InputError: it is required, and a training shard does not have it.
-        """
-        shards = [
-            (manifest, entry)
-            for name, manifests in self.manifests.items()
-            for manifest in manifests
-            for entry in manifest.of_split("train")
-            if entry.kind == KINDS[name]
-        ]
-        for manifest, entry in shards if required else ():
-            if not getattr(entry, f"has_{option}"):
-                value, off = ("sample", "mean") if option == "posterior" else ("true", "false")
-                raise InputError(
-                    f"data.{option} is {value}, but {manifest.directory / entry.path} was prepared without --{option}: "
-                    f"prepare the data again with it, or set data.{option} to {off}."
-                )
-        return any(getattr(entry, f"has_{option}") for _, entry in shards)
 
     def _buckets_of(self, split: Split) -> dict[str, list[Bucket]]:
         """Return the buckets of each source: shards with the same height, width and clip lengths form one bucket."""

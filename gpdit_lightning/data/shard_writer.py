@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gpdit_lightning.data.manifest import LATENT_ONLY, ArrayName, Kind, ShardEntry, Split
+from gpdit_lightning.data.shard_entry import LATENT_ONLY, ArrayName, Kind, ShardEntry, Split
 from gpdit_lightning.data.shards import (
     KEY_PATTERN,
     LATENT_ENDING,

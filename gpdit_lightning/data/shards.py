@@ -24,17 +24,9 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from gpdit_lightning.data.cache import ShardCache
-from gpdit_lightning.data.manifest import (
-    LATENT_ONLY,
-    PREPARE_AGAIN,
-    SHARD_NAME,
-    ArrayName,
-    Folder,
-    Kind,
-    ShardEntry,
-    Split,
-)
+from gpdit_lightning.data.manifest import Folder
 from gpdit_lightning.data.remote import RemoteFile, WrongContentError
+from gpdit_lightning.data.shard_entry import LATENT_ONLY, PREPARE_AGAIN, SHARD_NAME, ArrayName, Kind, ShardEntry, Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import BoundedReader, open_regular, read_bounded, sha256_of
 from gpdit_lightning.retries import retried, transient_error

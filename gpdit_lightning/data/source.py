@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gpdit_lightning.data.manifest import Kind
+from gpdit_lightning.data.shard_entry import Kind
 from gpdit_lightning.errors import InputError
 
 SourceName = Literal["images", "videos", "sequences"]

@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from gpdit_lightning.data.manifest import Manifest, Split
+from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.plan import PlannedBucket, PlannedSource
+from gpdit_lightning.data.shard_entry import Split
 from gpdit_lightning.data.source import KINDS, SourceConfig
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model.config import GPDiTConfig

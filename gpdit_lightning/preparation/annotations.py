@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, get_args
 
-from gpdit_lightning.data.manifest import Split
+from gpdit_lightning.data.shard_entry import Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import read_lines
 from gpdit_lightning.media.images import SEARCHED_EXTENSIONS

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpdit_lightning.data.manifest import Split
+from gpdit_lightning.data.shard_entry import Split
 from gpdit_lightning.errors import InputError, ResourceError, TransientError
 from gpdit_lightning.media.images import (
     Size,

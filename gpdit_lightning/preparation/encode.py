@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.codecs import Codec
-from gpdit_lightning.data.manifest import LATENT_ONLY, SHARD_NAME, ArrayName, Kind, ShardEntry, Split
+from gpdit_lightning.data.shard_entry import LATENT_ONLY, SHARD_NAME, ArrayName, Kind, ShardEntry, Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.data.shards import Shape, ShardReader, build_index, index_path, shard_entry
 from gpdit_lightning.errors import InputError

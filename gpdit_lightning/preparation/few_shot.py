@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.codecs import Codec, load_codec
-from gpdit_lightning.data.manifest import FILE_NAME, Manifest, ShardEntry, Split
+from gpdit_lightning.data.manifest import FILE_NAME, Manifest
+from gpdit_lightning.data.shard_entry import ShardEntry, Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from gpdit_lightning.data.manifest import Kind, Split
+from gpdit_lightning.data.shard_entry import Kind, Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.finding import FoundFile, LeftOut, Medium, find_media, identity_of, is_link
 from gpdit_lightning.names import as_text

@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from gpdit_lightning.codecs import Codec, find_codec
-from gpdit_lightning.data.manifest import FILE_NAME, NOTES_NAME, SKIPPED_NAME, Manifest, Split
+from gpdit_lightning.data.manifest import FILE_NAME, NOTES_NAME, SKIPPED_NAME, Manifest
+from gpdit_lightning.data.shard_entry import Split
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from gpdit_lightning.data.manifest import SHARD_NAME, Kind, ShardEntry, Split
+from gpdit_lightning.data.shard_entry import SHARD_NAME, Kind, ShardEntry, Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.finding import LeftOut
 from gpdit_lightning.preparation.input_files import FileFormat, HashedValue, InputFile

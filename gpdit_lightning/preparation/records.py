@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpdit_lightning.data.manifest import SHARD_NAME
+from gpdit_lightning.data.shard_entry import SHARD_NAME
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, process_lock, read_bounded
 from gpdit_lightning.options.prepare import PrepareOptions

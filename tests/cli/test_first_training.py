@@ -12,7 +12,8 @@ import pytest
 from gpdit_lightning.cli import main
 from gpdit_lightning.cli.estimated_recipe import read_recipe
 from gpdit_lightning.cli.first_training import first_training
-from gpdit_lightning.data.manifest import ARRAYS, Kind, Manifest, ShardEntry
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.shard_entry import ARRAYS, Kind, ShardEntry
 from gpdit_lightning.devices import Machine
 from gpdit_lightning.estimation.requirements import memory
 from gpdit_lightning.specs import CodecSpec

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from gpdit_lightning.data.manifest import Manifest, Split
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.shard_entry import Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.specs import CodecSpec
 from tests.conftest import TINY_CODEC

@@ -15,8 +15,9 @@ from gpdit_lightning.data import buckets as buckets_module
 from gpdit_lightning.data.batches import LatentBatch, LatentDataset, RangeSampler
 from gpdit_lightning.data.buckets import Bucket
 from gpdit_lightning.data.cache import ShardCache
-from gpdit_lightning.data.manifest import Manifest, ShardEntry
+from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
+from gpdit_lightning.data.shard_entry import ShardEntry
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.data.source import LossFrames, SourceConfig
 from gpdit_lightning.errors import InputError

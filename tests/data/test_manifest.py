@@ -160,7 +160,7 @@ def test_errors_of_remote_manifests_are_reported(
     fsspec.filesystem("memory").pipe("/remote/old/manifest.json", b'{"format": "x"}')
     for address, message in {
         "memory://remote/nowhere": r"memory://remote/nowhere/manifest\.json does not exist: check the address",
-        "memory://remote/cut": r"memory://remote/cut/manifest\.json is not readable JSON \(.*\): prepare",
+        "memory://remote/cut": r"memory://remote/cut/manifest\.json is not readable JSON \(.*\): check the address, or",
         "memory://remote/old": r"memory://remote/old/manifest\.json has format 'x'",
         "http://127.0.0.1:9/latents": r"http://127\.0\.0\.1:9/latents/manifest\.json cannot be read \(ClientConnector",
         "nowhere://latents": r"nowhere://latents is not an address of a folder \(.*\): give one that fsspec supports",

@@ -20,7 +20,7 @@ import webdataset
 
 from gpdit_lightning import retries
 from gpdit_lightning.data.buckets import Bucket
-from gpdit_lightning.data.manifest import ShardEntry
+from gpdit_lightning.data.shard_entry import ShardEntry
 from gpdit_lightning.data.shard_writer import ShardSetWriter, ShardWriter
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader, build_index, checksum
 from gpdit_lightning.errors import InputError, TransientError

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from gpdit_lightning.data.batches import LatentBatch
-from gpdit_lightning.data.manifest import Manifest, ShardEntry
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.shard_entry import ShardEntry
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import read_image

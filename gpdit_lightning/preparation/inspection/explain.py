@@ -8,7 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-from gpdit_lightning.data.manifest import NOTES_NAME, SKIPPED_NAME, Manifest, Split
+from gpdit_lightning.data.manifest import NOTES_NAME, SKIPPED_NAME, Manifest
+from gpdit_lightning.data.shard_entry import Split
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.finding import LeftOut, medium_of

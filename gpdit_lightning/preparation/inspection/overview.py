@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from gpdit_lightning.data.manifest import Manifest, ShardEntry
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.shard_entry import ShardEntry
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.preparation.inspection.sampling import evenly_spaced

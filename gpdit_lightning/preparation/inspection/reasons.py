@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gpdit_lightning.data.manifest import Split
+from gpdit_lightning.data.shard_entry import Split
 from gpdit_lightning.data.shards import Shape
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import Size, closest_size, parse_size, read_image

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from gpdit_lightning.data.manifest import ShardEntry
+from gpdit_lightning.data.shard_entry import ShardEntry
 
 
 def evenly_spaced(shards: Sequence[ShardEntry], max_count: int) -> list[tuple[ShardEntry, int]]:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpdit_lightning.codecs import Codec
-from gpdit_lightning.data.manifest import Kind, Manifest
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.shard_entry import Kind
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import write_strip

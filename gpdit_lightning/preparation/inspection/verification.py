@@ -9,15 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gpdit_lightning.data.manifest import (
-    FILE_NAME,
-    NOTES_NAME,
-    PREPARE_AGAIN,
-    SHARD_NAME,
-    SKIPPED_NAME,
-    Manifest,
-    ShardEntry,
-)
+from gpdit_lightning.data.manifest import FILE_NAME, NOTES_NAME, SKIPPED_NAME, Manifest
+from gpdit_lightning.data.shard_entry import PREPARE_AGAIN, SHARD_NAME, ShardEntry
 from gpdit_lightning.data.shards import MAX_INDEX_BYTES, ShardReader, build_index
 from gpdit_lightning.devices import available_cores
 from gpdit_lightning.errors import InputError

@@ -16,7 +16,7 @@ from torch import Tensor
 from gpdit_lightning.codecs import Codec, CodecNotAllowedError, load_codec_from_spec
 from gpdit_lightning.data.buckets import Bucket
 from gpdit_lightning.data.datamodule import LatentDataModule
-from gpdit_lightning.data.manifest import Split
+from gpdit_lightning.data.shard_entry import Split
 from gpdit_lightning.diffusion import Sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, rollout

@@ -1,6 +1,6 @@
 """Selection of samples."""
 
-from gpdit_lightning.data.manifest import ShardEntry
+from gpdit_lightning.data.shard_entry import ShardEntry
 from gpdit_lightning.preparation.inspection.sampling import balanced, evenly_spaced
 
 

@@ -18,7 +18,8 @@ from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.codecs import Codec, load_codec
 from gpdit_lightning.codecs.pca import SHIPPED_WEIGHTS
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
-from gpdit_lightning.data.manifest import Manifest, Split
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.shard_entry import Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.diffusion import Sampler
 from gpdit_lightning.errors import InputError
