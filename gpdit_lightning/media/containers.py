@@ -19,6 +19,7 @@ from gpdit_lightning.media.image_headers import check_png_texts
 from gpdit_lightning.media.images import SEARCHED_EXTENSIONS
 from gpdit_lightning.media.mp4_headers import check_mp4_header
 from gpdit_lightning.retries import transient_error
+from gpdit_lightning.specs import MAX_FRAME_PIXELS
 
 # Extensions in common use of the formats that FFmpeg reads, without those of sound, subtitles and still images.
 VIDEO_EXTENSIONS = (
@@ -35,8 +36,7 @@ TEXT_FORMATS = ("tty", "bin", "xbin", "adf", "idf")
 # Lists of other files, which are videos themselves. FFmpeg would open these files, and wait for those of a live stream.
 PLAYLIST_FORMATS = {"concat", "hls", "dash", "imf"}
 FORMATS = sorted(av.formats_available - PLAYLIST_FORMATS)
-MAX_FRAME_PIXELS = 2**26  # of a frame, twice 8K; FFmpeg refuses larger ones before it allocates them
-LIMITS = {"max_pixels": str(MAX_FRAME_PIXELS)}
+LIMITS = {"max_pixels": str(MAX_FRAME_PIXELS)}  # of a frame: FFmpeg refuses larger ones before it allocates them
 MAX_PLAUSIBLE_FPS = 1000  # of the average that FFmpeg states
 # Decoders that read the transparency of WebM, which FFmpeg's default decoders ignore. The one of VP9 also detects most
 # damage; the default one detects little.

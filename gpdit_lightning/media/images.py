@@ -18,6 +18,7 @@ from gpdit_lightning.media.image_colours import to_srgb
 from gpdit_lightning.media.image_headers import check_image_file
 from gpdit_lightning.names import number_in, printable
 from gpdit_lightning.retries import retried, transient_error
+from gpdit_lightning.specs import MAX_FRAME_PIXELS
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 # The formats that are read, whatever the file's extension. Pillow reads more, but runs Ghostscript for EPS files.
@@ -201,11 +202,13 @@ def parse_size(text: str) -> Size:
     """Parse HEIGHTxWIDTH, such as "192x320".
 
     Raises:
-        InputError: the text has another form.
+        InputError: the text has another form, or more pixels than a frame of a video may have.
     """
     sides = [number_in(part) for part in text.lower().split("x")]
     if len(sides) != 2 or not sides[0] or not sides[1]:
         raise InputError(f"the size {text!r} is not HEIGHTxWIDTH in pixels: write it like 192x320.")
+    if sides[0] * sides[1] > MAX_FRAME_PIXELS:
+        raise InputError(f"the size {text!r} has more than {MAX_FRAME_PIXELS} pixels: give a smaller one.")
     return sides[0], sides[1]
 
 

@@ -46,6 +46,9 @@ def test_parse_size() -> None:
     for text in ("192", "192x", "0x8", "ax8", "8x8x8"):
         with pytest.raises(InputError, match="HEIGHTxWIDTH"):
             parse_size(text)
+    assert parse_size("8192x8192") == (8192, 8192)
+    with pytest.raises(InputError, match="'65536x65536' has more than 67108864 pixels: give a smaller one"):
+        parse_size("65536x65536")
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 100), (100, 40), (17, 33), (64, 64), (16, 24)])
