@@ -1,15 +1,20 @@
 """Options of `ablate`."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import MAX_NAME_BYTES
 from gpdit_lightning.options.shared import MAX_SEED, RecipeOptions, check_at_least
 
 Budget = Literal["steps", "flops", "time"]
+
+# Files in the folder of an ablation, beside the folders of its arms.
+FILES = ("lock", "ablation.json", "ablation.md", "curves.png", "failures.json", "results.csv", "results.json")
 
 
 def _as_name(value: Any) -> str:
@@ -60,6 +65,10 @@ class AblateOptions(RecipeOptions):
                 raise InputError(
                     f"the arm {name!r} cannot name a folder: give it a name of letters, digits, spaces and _ . + = -."
                 )
+            if name in FILES:
+                raise InputError(f"the arm {name!r} has the name of a file of the ablation: give it another name.")
+            if len(os.fsencode(name)) > MAX_NAME_BYTES:
+                raise InputError(f"the arm {name!r} has a name of more than {MAX_NAME_BYTES} bytes: shorten it.")
             if not isinstance(overrides, Mapping):
                 raise InputError(
                     f"the overrides of the arm {name!r} are {overrides!r}: give names with values, or {{}}."

@@ -21,7 +21,7 @@ from gpdit_lightning.cli.ablation import measured_step_seconds, read_ablation, r
 from gpdit_lightning.cli.ablation_report import interval, spread
 from gpdit_lightning.cli.parsing import parse
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.options.ablate import AblateOptions
+from gpdit_lightning.options.ablate import FILES, AblateOptions
 from gpdit_lightning.training.callbacks.ablation import record_in
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from tests.checkpoints.content import read_checkpoint
@@ -168,6 +168,7 @@ def test_losses_are_those_of_the_same_clips_noise_and_angles_and_failed_arms_are
         assert found[name]["runs"] == []
         assert [failure["seed"] for failure in found[name]["failures"]] == [0, 1]
         assert all(reason in failure["reason"] for failure in found[name]["failures"])
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_file()} == set(FILES)
     text = (tmp_path / "out" / "ablation.md").read_text()
     assert text in capsys.readouterr().out
     assert text.count("\nfailed: ") == 4
@@ -182,6 +183,8 @@ def test_arms_that_cannot_be_meant_are_refused_before_anything_is_trained(
         ({"a": {f"{BACKBONE}.atention": "of"}}, "the arm 'a' cannot be used: .*did you mean .*attention"),
         ({"a": {"data": {"seed": 3}}}, "the arm 'a' sets data.seed"),
         ({"../a": {}}, "the arm '../a' cannot name a folder"),
+        ({"results.json": {}}, "the arm 'results.json' has the name of a file of the ablation"),
+        ({"a" * 256: {}}, "has a name of more than 255 bytes: shorten it"),
         ({}, "--arms is empty"),
     ]
     for arms, message in cases:
