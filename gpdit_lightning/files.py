@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.names import MAX_NAME_BYTES
 
 READ_BYTES = 2**22  # at a time
 MAX_TEXT_BYTES = 2**26  # of a recipe, a card or a table
-MAX_NAME_BYTES = 255  # of a file name, on most file systems
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Marks at the beginning of files in encodings other than UTF-8; that of UTF-32 begins with that of UTF-16.
@@ -116,6 +116,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield partial_path(path)
         publish(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # of a failed write, such as on a full disk, it is not set
+        raise
     finally:
         partial_path(path).unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 
 from gpdit_lightning.errors import InputError
 
+MAX_NAME_BYTES = 255  # of a file name, on most file systems
 ESCAPING = "gpdit_lightning.escaping"
 """Error handler for encoding: characters that the encoding lacks are written as escapes."""
 

@@ -41,6 +41,13 @@ def test_an_error_of_a_rename_is_that_of_the_file_not_of_the_temporary_one(tmp_p
     assert file_of(error.value, "") == str(tmp_path / "a.txt")
 
 
+def test_an_error_of_a_write_names_the_file(tmp_path: Path) -> None:
+    """That of a full disk has no name; FFmpeg's have none either."""
+    with pytest.raises(OSError, match="No space") as error, atomic_write(tmp_path / "a.txt"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert file_of(error.value, "") == str(tmp_path / "a.txt")
+
+
 @pytest.mark.parametrize("name", ["a" * 255, "\N{SNOWMAN}" * 85])
 def test_atomic_write_of_the_longest_names(tmp_path: Path, name: str) -> None:
     check_writable(tmp_path / name)

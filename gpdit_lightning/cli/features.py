@@ -16,7 +16,6 @@ from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError, ResourceError
 from gpdit_lightning.evaluation.videos import find_named_videos, read_clip
-from gpdit_lightning.files import MAX_NAME_BYTES
 from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.generation.precision import autocast
 from gpdit_lightning.generation.settings import (
@@ -27,6 +26,7 @@ from gpdit_lightning.generation.settings import (
     trained_size,
 )
 from gpdit_lightning.media.images import parse_size
+from gpdit_lightning.names import MAX_NAME_BYTES
 from gpdit_lightning.options.features import FeaturesOptions
 from gpdit_lightning.probing.encoder import clip_frames, first_layers, pooled_features
 from gpdit_lightning.probing.features import (

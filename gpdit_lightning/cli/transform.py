@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import MAX_NAME_BYTES, atomic_write, check_writable, sha256_of
+from gpdit_lightning.files import atomic_write, check_writable, sha256_of
 from gpdit_lightning.generation import transform as generate_targets
 from gpdit_lightning.generation.pipeline import load_pipeline
 from gpdit_lightning.generation.settings import batches_by_shape, trained_sizes
@@ -24,7 +24,7 @@ from gpdit_lightning.media.finding import FoundFile
 from gpdit_lightning.media.image_tasks import EXISTING_PAIRS, ImageTask, make_pair
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, Size, closest_size, resize_and_crop, write_sheet
 from gpdit_lightning.media.video import natural_sort_key
-from gpdit_lightning.names import as_text, counted
+from gpdit_lightning.names import MAX_NAME_BYTES, as_text, counted
 from gpdit_lightning.options.transform import TransformOptions
 from gpdit_lightning.preparation.few_shot import find_task
 from gpdit_lightning.preparation.pairs import (

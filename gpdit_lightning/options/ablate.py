@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import MAX_NAME_BYTES
+from gpdit_lightning.names import MAX_NAME_BYTES
 from gpdit_lightning.options.shared import MAX_SEED, RecipeOptions, check_at_least
 
 Budget = Literal["steps", "flops", "time"]
