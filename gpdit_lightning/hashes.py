@@ -1,4 +1,5 @@
-"""The sha256 of large files, computed once on each machine and remembered until the file changes.
+"""Hashes of large files: of all bytes, computed once on each machine and remembered until the file changes; or of both
+ends.
 
 A record is a small file in `FOLDER`, named by machine and path. It is valid as long as size, modification time, change
 time, inode and device of the file are those of the record. Changes of the bytes always set the change time, which
@@ -15,11 +16,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from gpdit_lightning.errors import TransientError
+from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.files import open_regular, partial_path, process_lock, read_bounded
+from gpdit_lightning.retries import retried, transient_error
 
 FOLDER = Path("~/.cache/gpdit_lightning/hashes")
 CHUNK = 2**22  # bytes that are read at a time
+BLOCK = 2**15  # bytes at each end of a file that `content_identity` reads
 LARGE = 2**30  # bytes of a file whose reading is logged
 MAX_RECORD_BYTES = 2**16
 MAX_RECORDS = 10_000  # the oldest half is removed at more
@@ -72,6 +75,29 @@ def remembered_sha256(path: Path) -> str:
         if time.monotonic() - last_change > ABANDONED_AFTER:
             return _compute(path)[0]
         time.sleep(POLL_INTERVAL)
+
+
+@retried
+def content_identity(path: Path) -> str:
+    """Return a hash of the size of a file and its first and last 32 KiB, 16 hexadecimal digits.
+
+    It is the same for every copy, and cheap for videos: most changes, as by another encoder, change the size or an end
+    of the file. It does not detect damage in between.
+
+    Raises:
+        InputError: it does not exist, or is not a regular file.
+        TransientError: it could not be read for a reason other than its content.
+    """
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256(f"{size}\n".encode() + file.read(BLOCK))
+            file.seek(max(0, size - BLOCK))
+            digest.update(file.read(BLOCK))
+    except OSError as error:
+        missing = InputError(f"{path} cannot be read ({error.strerror}): restore it, or leave it out.")
+        raise transient_error(error, path) or missing from None
+    return digest.hexdigest()[:16]
 
 
 def _identity(path: Path) -> Identity:

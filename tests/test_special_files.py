@@ -33,7 +33,7 @@ from gpdit_lightning.files import (
     read_lines,
     sha256_of,
 )
-from gpdit_lightning.hashes import remembered_sha256
+from gpdit_lightning.hashes import content_identity, remembered_sha256
 from gpdit_lightning.media.containers import open_video
 from gpdit_lightning.media.finding import find_media
 from gpdit_lightning.media.image_headers import check_png_texts
@@ -64,6 +64,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "lines": ("a.txt", lambda path: list(read_lines(path, "give a list"))),
     "hash": ("a", sha256_of),
     "remembered hash": ("a", remembered_sha256),
+    "hash of both ends": ("a", content_identity),
     "lock": ("lock", lock),
     "recipe": ("a.yaml", read_yaml),
     "manifest": ("manifest.json", lambda path: Manifest.load(path.parent)),

@@ -27,7 +27,7 @@ from gpdit_lightning.cli.evaluation_settings import (
 )
 from gpdit_lightning.devices import available_device, rank_of_process
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.chunk_files import ChunkFiles, complete_chunks, write_chunk
+from gpdit_lightning.evaluation.chunk_files import ChunkFiles, complete_chunks, source_identities, write_chunk
 from gpdit_lightning.evaluation.chunks import (
     GROUND_TRUTH,
     evaluate_chunk,
@@ -100,9 +100,10 @@ def evaluate_continuations(evaluation: Evaluation) -> None:
     )
 
     chunk_settings = settings_of_chunks(options, protocol)
-    complete = complete_chunks(sorted((out / CHUNKS).glob("*.safetensors")), chunk_settings)
     chunks = split_into_chunks(selection, options.chunk, labels and labels.classes)
     files = {chunk: out / CHUNKS / f"{chunk.start:06d}.safetensors" for chunk in chunks}
+    videos = {file: chunk.paths for chunk, file in files.items()}
+    complete = complete_chunks(sorted((out / CHUNKS).glob("*.safetensors")), chunk_settings, videos)
     missing = [chunk for chunk in chunks[rank::ranks] if files[chunk] not in complete]
     if missing:
         (out / TABLES).unlink(missing_ok=True)
@@ -111,10 +112,11 @@ def evaluate_continuations(evaluation: Evaluation) -> None:
     total = sum(len(chunk.names) for chunk in missing)
     with progress_bar(total=total, desc="generating", unit=" videos", disable=rank > 0) as bar:
         for chunk in missing:
+            sources = source_identities(chunk.paths)
             results = evaluate_chunk(chunk, settings, pipeline.model, pipeline.codec, networks, on_variant)
-            write_chunk(files[chunk], *results, chunk_settings)
+            write_chunk(files[chunk], *results, chunk_settings, sources)
             bar.update(len(chunk.names))
-    if are_finished(list(files.values()), chunk_settings):
+    if are_finished(list(files.values()), chunk_settings, videos):
 
         def compute() -> Report:
             read = ChunkFiles(list(files.values()), chunk_settings)

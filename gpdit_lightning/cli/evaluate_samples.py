@@ -27,7 +27,7 @@ from gpdit_lightning.cli.evaluation_settings import (
 )
 from gpdit_lightning.devices import rank_of_process
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.chunk_files import ChunkFiles, complete_chunks, write_chunk
+from gpdit_lightning.evaluation.chunk_files import ChunkFiles, complete_chunks, source_identities, write_chunk
 from gpdit_lightning.evaluation.chunks import (
     measure_real,
     read_clips,
@@ -70,12 +70,14 @@ class RealData(NamedTuple):
         record: what the statistics are computed from.
         chunks: numbers of the first image or video of each chunk that has to be computed, with the function that reads
             its clips by their names, each uint8 (T, 3, H, W).
+        paths: of the images or videos of each chunk; empty if they are not in files of their own.
         given: statistics of a file, or None.
         moments: given ones of image features, or None.
     """
 
     record: ReferenceRecord
     chunks: Mapping[int, Callable[[], Mapping[str, Tensor]]]
+    paths: Mapping[int, Sequence[Path]]
     given: Reference | None = None
     moments: Moments | None = None
 
@@ -103,8 +105,9 @@ def evaluate_samples(evaluation: Evaluation) -> None:
     protocol = protocol_of_samples(evaluation, real)
     chunk_settings = settings_of_chunks(options, protocol)
     stored = (path for folder in (REAL, SAMPLES) for path in sorted((out / folder).glob("*.safetensors")))
-    complete = complete_chunks(stored, chunk_settings)
     real_files = {start: out / REAL / f"{start:06d}.safetensors" for start in real.chunks}
+    videos = {real_files[start]: paths for start, paths in real.paths.items()}
+    complete = complete_chunks(stored, chunk_settings, videos)
     chunks = split_samples(protocol.samples or 0, options.chunk, trained.classes, class_of)
     files = {chunk: out / SAMPLES / f"{chunk.numbers.start:06d}.safetensors" for chunk in chunks}
     kept = [name for chunk in chunks for name in chunk.names][: options.keep_videos]
@@ -117,9 +120,10 @@ def evaluate_samples(evaluation: Evaluation) -> None:
     noun = f" {settings.medium}s"
     with progress_bar(total=len(missing_real), desc=f"real{noun}", unit=" chunks", disable=rank > 0) as bar:
         for start in missing_real:
+            sources = source_identities(real.paths.get(start, ()))
             clips = real.chunks[start]()
             results = measure_real(start, clips, settings, pipeline.codec, networks)
-            write_chunk(real_files[start], list(clips), results, chunk_settings)
+            write_chunk(real_files[start], list(clips), results, chunk_settings, sources)
             bar.update()
     total = sum(len(chunk.numbers) for chunk in missing)
     with progress_bar(total=total, desc="generating", unit=noun, disable=rank > 0) as bar:
@@ -127,7 +131,7 @@ def evaluate_samples(evaluation: Evaluation) -> None:
             names, results = evaluate_samples_of_chunk(chunk, settings, model, pipeline.codec, networks, on_variant)
             write_chunk(files[chunk], names, results, chunk_settings)
             bar.update(len(chunk.numbers))
-    if are_finished([*real_files.values(), *files.values()], chunk_settings):
+    if are_finished([*real_files.values(), *files.values()], chunk_settings, videos):
         paths = list(real_files.values()), list(files.values())
         write_and_print_report(out, lambda: compute_report(out, real, protocol, *paths, chunk_settings, model.device))
 
@@ -203,7 +207,7 @@ def real_data(evaluation: Evaluation) -> RealData:
     )
     expected = {name: getattr(settings, name) for name in names} | {"resize": resize_of(settings)}
     check_reference(path, reference.record, expected, network_records(evaluation.networks))
-    return RealData(reference.record, {}, reference)
+    return RealData(reference.record, {}, {}, reference)
 
 
 def new_record(evaluation: Evaluation) -> ReferenceRecord:
@@ -246,11 +250,9 @@ def selected_data(evaluation: Evaluation) -> RealData:
         items=len(selection.names),
         labels=dict(sorted(labels.items())),
     )
-    chunks = {
-        chunk.start: lambda chunk=chunk: read_clips(chunk, settings)
-        for chunk in split_into_chunks(selection, options.chunk)
-    }
-    return RealData(record, chunks)
+    chunks = {chunk.start: chunk for chunk in split_into_chunks(selection, options.chunk)}
+    readers = {start: lambda chunk=chunk: read_clips(chunk, settings) for start, chunk in chunks.items()}
+    return RealData(record, readers, {start: chunk.paths for start, chunk in chunks.items()})
 
 
 def adm_data(path: Path, evaluation: Evaluation) -> RealData:
@@ -288,4 +290,4 @@ def adm_data(path: Path, evaluation: Evaluation) -> RealData:
         return {f"{number:06d}": file.clip(number) for number in numbers}
 
     chunks = {start: lambda start=start: read(start) for start in range(0, images, chunk)}
-    return RealData(record, chunks, moments=file.moments)
+    return RealData(record, chunks, {}, moments=file.moments)

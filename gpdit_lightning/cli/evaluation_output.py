@@ -35,9 +35,12 @@ def settings_of_chunks(options: EvaluateOptions, protocol: Protocol) -> dict[str
     return settings | {name: getattr(options, name) for name in ("chunk", "self_check_videos")}
 
 
-def are_finished(files: Collection[Path], settings: Mapping[str, Any]) -> bool:
-    """Return whether the files of all chunks are complete; the log explains what follows if not."""
-    if all(path.exists() for path in files) and complete_chunks(files, settings) == set(files):
+def are_finished(files: Collection[Path], settings: Mapping[str, Any], videos: Mapping[Path, Sequence[Path]]) -> bool:
+    """Return whether the files of all chunks are complete; arguments as of `complete_chunks`.
+
+    The log explains what follows if not.
+    """
+    if all(path.exists() for path in files) and complete_chunks(files, settings, videos) == set(files):
         return True
     log.info("this process has finished; the last one to finish writes the results (or run the same command again)")
     return False

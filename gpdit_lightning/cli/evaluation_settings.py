@@ -184,10 +184,8 @@ def check_real_data(options: EvaluateOptions) -> None:
     """Raise an InputError unless the options give real data in exactly one form."""
     given = [name for name in ("videos", "images", "reference") if getattr(options, name)]
     if len(given) != 1:
-        raise InputError(
-            f"{' and '.join(f'--{name}' for name in given) or 'nothing'} is given to compare with: give one of "
-            "--videos, --images and --reference."
-        )
+        found = f"the options {' and '.join(f'--{name}' for name in given)} are" if given else "nothing is"
+        raise InputError(f"{found} given to compare with: give one of --videos, --images and --reference.")
 
 
 def check_mode(options: EvaluateOptions, context_frames: int, medium: Medium) -> None:

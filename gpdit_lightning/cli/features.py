@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError, ResourceError
 from gpdit_lightning.evaluation.videos import find_named_videos, read_clip
+from gpdit_lightning.files import sha256_of
 from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.generation.precision import autocast
 from gpdit_lightning.generation.settings import (
@@ -25,14 +27,16 @@ from gpdit_lightning.generation.settings import (
     selected_precision,
     trained_size,
 )
+from gpdit_lightning.hashes import content_identity
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.names import MAX_NAME_BYTES
 from gpdit_lightning.options.features import FeaturesOptions
 from gpdit_lightning.probing.encoder import clip_frames, first_layers, pooled_features
 from gpdit_lightning.probing.features import (
     RECORD,
+    SOURCES,
     SUFFIXES,
-    FeatureChecksums,
+    FeatureDigests,
     FeatureRecord,
     is_complete,
     write_features,
@@ -58,12 +62,15 @@ def features(options: FeaturesOptions) -> None:
     create_or_resume(options.out, record)
     usable = {name: path for name, path in videos.items() if has_short_name(record.path_of(options.out, name))}
     files = {name: record.path_of(options.out, name) for name in usable}
-    checksums = FeatureChecksums(options.out)
-    missing = {name: path for name, path in usable.items() if not is_complete(files[name], record, checksums)}
-    if not checksums.are_recorded:
-        for name in sorted(usable.keys() - missing.keys()):  # written by version 0.1.0
-            checksums.add(files[name])
-    unreadable = extract(missing, trained, codec, record, options, checksums)
+    digests = Digests(FeatureDigests(options.out), FeatureDigests(options.out, SOURCES))
+    missing = {
+        name: path
+        for name, path in usable.items()
+        if not is_complete(files[name], record, digests.features) or not digests.are_of(files[name], path)
+    }
+    for name in sorted(usable.keys() - missing.keys()):
+        digests.complete(files[name], usable[name])
+    unreadable = extract(missing, trained, codec, record, options, digests)
     skipped = unreadable + len(videos) - len(usable)
     if skipped == len(videos):
         raise InputError(
@@ -76,6 +83,42 @@ def features(options: FeaturesOptions) -> None:
         f"width {width} each; "
         f"{len(missing) - unreadable} of them are new, and {skipped} videos were skipped"
     )
+
+
+class Digests(NamedTuple):
+    """The recorded hashes of a folder.
+
+    Attributes:
+        features: sha256 of each file.
+        sources: identity of its video.
+    """
+
+    features: FeatureDigests
+    sources: FeatureDigests
+
+    def are_of(self, file: Path, video: Path) -> bool:
+        """Return whether a file of features is of the present content of its video, if the folder records it."""
+        recorded = self.sources.get(file)
+        if recorded is None or recorded == content_identity(video):
+            return True
+        log.warning("%s has changed since its features were written: they are written again", video)
+        return False
+
+    def complete(self, file: Path, video: Path) -> None:
+        """Record the hashes of a complete file that an earlier version wrote."""
+        if self.sources.get(file) is None:
+            self.sources.add(file, content_identity(video))
+        if not self.features.are_recorded:
+            self.features.add(file, sha256_of(file))
+
+    def add(self, file: Path, source: str) -> None:
+        """Record the hashes of a file, after it was written.
+
+        That of the file is last: until then the file is damaged, so that the features of a killed process are not taken
+        for those of another source.
+        """
+        self.sources.add(file, source)
+        self.features.add(file, sha256_of(file))
 
 
 def has_short_name(path: Path) -> bool:
@@ -160,8 +203,22 @@ def create_or_resume(out: Path, record: FeatureRecord) -> None:
         record.save(out)
 
 
-class Clips(Dataset[list[tuple[str, Tensor | str]]]):
-    """Batches of the clip of each video, or the reason why it cannot be read, with the name of the video.
+class ReadClip(NamedTuple):
+    """The clip of a video.
+
+    Attributes:
+        name: of the video.
+        pixels: uint8 (T, 3, H, W), or the reason why it cannot be read.
+        source: identity of the video.
+    """
+
+    name: str
+    pixels: Tensor | str
+    source: str = ""
+
+
+class Clips(Dataset[list[ReadClip]]):
+    """Batches of the clip of each video.
 
     Args:
         videos: paths by name.
@@ -175,19 +232,19 @@ class Clips(Dataset[list[tuple[str, Tensor | str]]]):
         """Number of videos."""
         return len(self.videos)
 
-    def __getitem__(self, numbers: Sequence[int]) -> list[tuple[str, Tensor | str]]:
-        """Return the names of videos with their clips, uint8 (T, 3, H, W), or with error messages."""
+    def __getitem__(self, numbers: Sequence[int]) -> list[ReadClip]:
+        """Return the clips of videos."""
         return [self._read(*self.videos[number]) for number in numbers]
 
-    def _read(self, name: str, path: Path) -> tuple[str, Tensor | str]:
+    def _read(self, name: str, path: Path) -> ReadClip:
         try:
-            record = self.record
+            record, source = self.record, content_identity(path)
             clip = read_clip(path, record.frames, record.stride, self.size, True, resample_short=True, fps=record.fps)
-            return name, clip
+            return ReadClip(name, clip, source)
         except ResourceError:  # other videos would fail too
             raise
         except InputError as error:
-            return name, str(error)
+            return ReadClip(name, str(error))
 
 
 def extract(
@@ -196,7 +253,7 @@ def extract(
     codec: Codec,
     record: FeatureRecord,
     options: FeaturesOptions,
-    checksums: FeatureChecksums,
+    digests: Digests,
 ) -> int:
     """Write the features of videos; return the number of videos that could not be read."""
     backbone, skipped = trained.backbone, 0
@@ -208,15 +265,17 @@ def extract(
     loader = WorkerLoader(clips, options.workers, sampler=numbers)
     with progress_bar(total=len(clips), unit=" videos", desc="features") as bar:
         for batch in loader:
-            readable = {name: clip for name, clip in batch if isinstance(clip, Tensor)}
-            for reason in (clip for _, clip in batch if isinstance(clip, str)):
-                log.warning("skipped: %s", reason)
+            readable = [clip for clip in batch if isinstance(clip.pixels, Tensor)]
+            for clip in batch:
+                if isinstance(clip.pixels, str):
+                    log.warning("skipped: %s", clip.pixels)
             if readable:
-                pooled = features_of_clips(torch.stack(list(readable.values())), trained, codec, record).cpu()
-                for name, values in zip(readable, pooled, strict=True):
-                    file = record.path_of(options.out, name)
+                pixels = torch.stack([clip.pixels for clip in readable])
+                pooled = features_of_clips(pixels, trained, codec, record).cpu()
+                for clip, values in zip(readable, pooled, strict=True):
+                    file = record.path_of(options.out, clip.name)
                     write_features(file, values, record)
-                    checksums.add(file)
+                    digests.add(file, clip.source)
             skipped += len(batch) - len(readable)
             bar.update(len(batch))
     return skipped

@@ -30,7 +30,6 @@ LIMITS: dict[str, int] = {
     "model.init_args.backbone.layers": 4096,
     "model.init_args.backbone.width": 2**20,
     "model.init_args.backbone.mlp_width": 2**22,
-    "model.init_args.schedule.shift": 1000,
     "model.init_args.optimizer.weight_decay": 100,
     "model.init_args.optimizer.eps": 1,
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 from gpdit_lightning.errors import InputError
 
 ScheduleName = Literal["cosine", "linear"]
+MIN_SHIFT, MAX_SHIFT = 1e-3, 1e3  # beyond, nearly all levels round to pure noise or to none
 DDPM_STEPS, DDPM_BETAS = 1000, (1e-4, 2e-2)  # Ho et al., 2020, section 4
 
 
@@ -19,7 +20,7 @@ class NoiseSchedule:
     """The function from noise levels to angles. Checkpoints and exported models store its two fields.
 
     Raises:
-        InputError: the name is unknown, or the shift is not positive.
+        InputError: the name is unknown, or the shift is outside [`MIN_SHIFT`, `MAX_SHIFT`].
     """
 
     name: ScheduleName = "cosine"
@@ -33,8 +34,11 @@ class NoiseSchedule:
         if self.name not in get_args(ScheduleName):
             names = " or ".join(get_args(ScheduleName))
             raise InputError(f"noise schedule '{self.name}' is not known: choose {names}.")
-        if not self.shift > 0:
-            raise InputError(f"schedule shift is {self.shift}; it must be positive (1 leaves the schedule as it is).")
+        if not MIN_SHIFT <= self.shift <= MAX_SHIFT:
+            raise InputError(
+                f"schedule shift is {self.shift}: give a number from {MIN_SHIFT:g} to {MAX_SHIFT:g} (1 leaves the "
+                "schedule as it is)."
+            )
 
     def theta(self, t: Tensor) -> Tensor:
         """Return the angles in radians of noise levels `t` in [0, 1].

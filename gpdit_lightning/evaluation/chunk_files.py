@@ -1,24 +1,34 @@
 """Files with the results of chunks of videos, one file per chunk. All scores are computed from these files."""
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
+from gpdit_lightning.hashes import content_identity
 from gpdit_lightning.schema import TEXT, Constraint, check, parse_json
 from gpdit_lightning.tensor_files import read_with_checksum, recalled, safetensors_header, save_with_checksum
 
+log = logging.getLogger(__name__)
+
 CURE = "delete it and run the same command again"
-KEYS = ("names", "made_by")  # of the metadata
-NAMES = Constraint("a list of names", lambda value: isinstance(value, list) and all(map(TEXT.accepts, value)))
+KEYS = ("names", "sources", "made_by")  # of the metadata
+TEXTS = Constraint("a list of texts", lambda value: isinstance(value, list) and all(map(TEXT.accepts, value)))
 
 
-def write_chunk(path: Path, names: Sequence[str], results: dict[str, Tensor], settings: Mapping[str, Any]) -> None:
+def write_chunk(
+    path: Path,
+    names: Sequence[str],
+    results: dict[str, Tensor],
+    settings: Mapping[str, Any],
+    sources: Sequence[str] = (),
+) -> None:
     """Write the results of a chunk to a file, atomically.
 
     Args:
@@ -26,33 +36,63 @@ def write_chunk(path: Path, names: Sequence[str], results: dict[str, Tensor], se
         names: of the videos that could be read.
         results: from :func:`chunks.evaluate_chunk`.
         settings: JSON values that the results depend on.
+        sources: from :func:`source_identities`, before the videos of the chunk were read; empty if it has none.
     """
     with atomic_write(path) as temporary:
-        metadata = {"names": json.dumps(list(names)), "made_by": json.dumps(settings)}
+        values = (list(names), list(sources), settings)
+        metadata = {key: json.dumps(value) for key, value in zip(KEYS, values, strict=True)}
         save_with_checksum(temporary, results, metadata, place=path)
 
 
-def complete_chunks(paths: Iterable[Path], settings: Mapping[str, Any]) -> set[Path]:
-    """Return the files that exist and have the content that was written to them; warnings name the others that exist.
+def source_identities(videos: Iterable[Path]) -> list[str]:
+    """Return what a chunk records of each of its videos or images; errors as of :func:`hashes.content_identity`."""
+    return [content_identity(video) for video in videos]
+
+
+def complete_chunks(
+    paths: Iterable[Path], settings: Mapping[str, Any], videos: Mapping[Path, Sequence[Path]]
+) -> set[Path]:
+    """Return the files that exist, and have the content that was written to them and the results of the same videos.
+
+    Warnings name the others that exist.
+
+    Args:
+        paths: of the files.
+        settings: JSON values that all files must have been computed with.
+        videos: the videos or images of each file whose results depend on any.
 
     Raises:
-        InputError: one was computed with other settings, or is not a regular file.
+        InputError: one was computed with other settings, or is not a regular file; or a video does not exist.
         TransientError: one could not be read for a reason other than its content.
     """
     complete = set[Path]()
     for path in paths:
         found = recalled(path, partial(_read, cure="it is computed again"))
         if found is not None:
-            _check_settings(path, settings, found[2])
-            complete.add(path)
+            _check_settings(path, settings, found.settings)
+            if path in videos and source_identities(videos[path]) != found.sources:
+                log.warning("%s is of videos or images that have changed since: it is computed again", path)
+            else:
+                complete.add(path)
     return complete
 
 
-def _read(path: Path, cure: str) -> tuple[set[str], list[str], Any]:
-    """Return the keys of the results, the names and the settings of a file, after its checksum was compared."""
+class _Chunk(NamedTuple):
+    """The keys of the results in a file, the names of its videos, the identities of its sources, and its settings."""
+
+    keys: set[str]
+    names: list[str]
+    sources: list[str]
+    settings: Any
+
+
+def _read(path: Path, cure: str) -> _Chunk:
+    """Return the content of a file without the results, after its checksum was compared."""
     tensors, metadata = read_with_checksum(path, KEYS, cure, has_place=True)
-    names, settings = (parse_json(metadata[key].encode(), str(path), cure) for key in KEYS)
-    return set(tensors), check(names, NAMES, "names", str(path), cure), settings
+    names, sources, settings = (parse_json(metadata[key].encode(), str(path), cure) for key in KEYS)
+    for key, value in (("names", names), ("sources", sources)):
+        check(value, TEXTS, key, str(path), cure)
+    return _Chunk(set(tensors), names, sources, settings)
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any], stored: Any) -> None:
@@ -83,10 +123,10 @@ class ChunkFiles:
         self.names: list[str] = []
         self.keys: set[str] = set()
         for path in paths:
-            keys, names, stored = _read(path, CURE)
-            self.keys |= keys
-            self.names += names
-            _check_settings(path, settings, stored)
+            chunk = _read(path, CURE)
+            self.keys |= chunk.keys
+            self.names += chunk.names
+            _check_settings(path, settings, chunk.settings)
 
     def values(
         self, variant: str, quantity: str, position: int | None = None, limit_to: str | None = None

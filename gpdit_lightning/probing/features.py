@@ -7,6 +7,7 @@ this library, a folder contains
 
     features.json    a `FeatureRecord`: the model and the settings of the features
     features.sha256  the sha256 of each file of features, in lines as of `sha256sum`; the last line of a name is valid
+    features.sources the identity of the video of each file, in similar lines
     NAME.npy         float16 (temporal tokens + N, D), one per video; or NAME.pkl, which Video-ChatGPT reads
 
 Shapes: F latent frames, N tokens per frame, D hidden width.
@@ -38,7 +39,7 @@ from gpdit_lightning.retries import transient_error
 from gpdit_lightning.specs import CodecSpec
 from gpdit_lightning.tensor_files import npy_layout
 
-RECORD, CHECKSUMS = "features.json", "features.sha256"
+RECORD, CHECKSUMS, SOURCES = "features.json", "features.sha256", "features.sources"
 MAX_CHECKSUM_BYTES = 2**30  # of some millions of files
 SUFFIXES = {"npy": ".npy", "pickle": ".pkl"}  # by format
 REMEDY = "write the features again, or copy the whole folder"
@@ -142,11 +143,13 @@ class FeatureRecord:
         return Path(folder) / f"{name}{SUFFIXES[self.format]}"
 
 
-class FeatureChecksums:
-    """The sha256 of the files of features in a folder, to which a line is appended for each file that is written.
+class FeatureDigests:
+    """One hash for each file of features in a folder; a line is appended for each file that is written.
 
     Args:
         folder: with features.
+        record: name of the file with the hashes: `CHECKSUMS` has the sha256 of the features, `SOURCES` the
+            :func:`hashes.content_identity` of their video.
 
     Attributes:
         are_recorded: whether the folder has such a file; those of version 0.1.0 have none.
@@ -156,8 +159,8 @@ class FeatureChecksums:
         OSError: it cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / CHECKSUMS
+    def __init__(self, folder: Path, record: str = CHECKSUMS) -> None:
+        self.folder, self.path = folder, folder / record
         self._known = dict[bytes, bytes]()
         self.are_recorded = self.path.exists()
         for line in read_bounded(self.path, MAX_CHECKSUM_BYTES).split(b"\n") if self.are_recorded else ():
@@ -165,13 +168,13 @@ class FeatureChecksums:
             self._known[name] = digest
 
     def get(self, path: Path) -> str | None:
-        """Return the recorded sha256 of a file in the folder; None if there is none."""
+        """Return the recorded hash of a file in the folder; None if there is none."""
         digest = self._known.get(self._name(path))
         return None if digest is None else digest.decode(errors="replace")
 
-    def add(self, path: Path) -> None:
-        """Record the sha256 of a file in the folder, after it was written."""
-        name, digest = self._name(path), sha256_of(path).encode()
+    def add(self, path: Path, value: str) -> None:
+        """Record the hash of a file in the folder, after it was written."""
+        name, digest = self._name(path), value.encode()
         self._known[name] = digest
         escape = b"\\" if b"\\" in name else b""
         with open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
@@ -225,7 +228,7 @@ def write_features(path: Path, features: Tensor, record: FeatureRecord) -> None:
             np.save(file, values, allow_pickle=False)
 
 
-def is_complete(path: Path, record: FeatureRecord, checksums: FeatureChecksums) -> bool:
+def is_complete(path: Path, record: FeatureRecord, checksums: FeatureDigests) -> bool:
     """Return whether the features of a video are written; a warning names a file that is damaged.
 
     In a folder without checksums, header and size are compared; of pickled features, the least size is known.
@@ -260,7 +263,7 @@ def is_complete(path: Path, record: FeatureRecord, checksums: FeatureChecksums) 
     return complete
 
 
-def read_features(path: Path, shape: tuple[int, int], checksums: FeatureChecksums | None = None) -> Tensor:
+def read_features(path: Path, shape: tuple[int, int], checksums: FeatureDigests | None = None) -> Tensor:
     """Read the features of a video, float16 (temporal tokens + N, D); nothing is unpickled.
 
     Args:
@@ -315,7 +318,7 @@ class VideoFeatures(Dataset[Tensor]):
     def __init__(self, folder: str | Path, **expected: Any) -> None:
         self.folder = Path(folder)
         self.record = FeatureRecord.load(folder)
-        self._checksums = FeatureChecksums(self.folder)
+        self._checksums = FeatureDigests(self.folder)
         self.record.check(expected, folder)
         if self.record.format != "npy":
             raise InputError(

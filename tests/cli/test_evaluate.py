@@ -296,6 +296,18 @@ def test_an_interrupted_evaluation_resumes(
     assert report_without_date(tmp_path) == report_without_date(finished)
 
 
+def test_a_video_that_was_replaced_is_evaluated_again(command: list[str], folder: Path, tmp_path: Path) -> None:
+    videos = shutil.copytree(folder, tmp_path / "videos")
+    given = [*without(command, "videos"), f"--videos={videos}"]
+    assert evaluate(given, tmp_path / "out") == 0
+    before = {chunk: chunk.stat().st_ino for chunk in (tmp_path / "out" / "chunks").iterdir()}
+    shutil.copy(videos / "1.mp4", videos / "0.mp4")
+    assert evaluate(given, tmp_path / "out") == 0
+    assert sum(chunk.stat().st_ino != inode for chunk, inode in before.items()) == 1
+    assert evaluate(given, tmp_path / "new") == 0
+    assert report_without_date(tmp_path / "out") == report_without_date(tmp_path / "new")
+
+
 def test_a_finished_evaluation_is_printed_without_computing(
     command: list[str], finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -440,7 +452,10 @@ def test_a_folder_with_other_settings_is_refused(
         ("--checkpoint=/nowhere", "there is no checkpoint at /nowhere"),
         ("--checkpoint=IMAGES", "images are images, which are compared with --images or --reference"),
         ("--samples=9", "--samples is for samples from noise alone: give --context_frames 0, or leave it out"),
-        ("--images=/nowhere", "--videos and --images is given to compare with: give one of --videos, --images and"),
+        (
+            "--images=/nowhere",
+            "the options --videos and --images are given to compare with: give one of --videos",
+        ),
         ("--size=64x64", "--size is 64x64, but the checkpoint was trained on 32x32"),
         ("--video_network.path=/nowhere", "the video network /nowhere is not a file"),
         ("--video_network.sha256=00", "but 00 is expected"),
@@ -479,7 +494,10 @@ def test_chunks_with_a_changed_value_or_a_missing_end_are_computed_again(
     second.write_bytes(second.read_bytes()[:-1])
     assert evaluate(command, tmp_path / "out") == 0
     printed = capsys.readouterr().err
-    assert f"{first} is damaged (its content is not that of its checksum): it is computed again." in printed
+    assert (
+        f"{first} is damaged, or of another place (its content is not that of its checksum): it is computed again."
+        in printed
+    )
     assert f"{second} is not a complete safetensors file" in printed
     scores = [json.loads((folder / "results.json").read_text())["scores"] for folder in (finished, tmp_path / "out")]
     assert scores[0] == scores[1]

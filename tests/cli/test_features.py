@@ -26,7 +26,7 @@ from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.features import FeaturesOptions
 from gpdit_lightning.probing import features
-from gpdit_lightning.probing.features import CHECKSUMS, FeatureRecord, VideoFeatures
+from gpdit_lightning.probing.features import CHECKSUMS, SOURCES, FeatureRecord, VideoFeatures
 from tests.cli.sampling import stripes
 
 CODEC = load_codec("pca")
@@ -162,6 +162,28 @@ def test_features_of_version_0_1_0_are_kept_and_their_checksums_recorded(work: P
         extract(work, tmp_path)
         assert set(lines) <= set(checksums.read_text().splitlines())
     assert len(checksums.read_text().splitlines()) == len(lines) + 1
+
+
+def test_features_of_a_video_that_was_replaced_are_computed_again(
+    work: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    videos, out = shutil.copytree(work / "videos", tmp_path / "videos"), tmp_path / "out"
+    extract(work, out, videos=str(videos))
+    (out / SOURCES).unlink()  # as of an earlier version
+    extract(work, out, videos=str(videos))
+    first, second = (out / "jump" / name for name in ("b.npy", "c.1.npy"))
+    expected = {path: path.read_bytes() for path in (first, second)}
+    shutil.copy(videos / "a.mp4", videos / "jump/b.mp4")
+    verb.log.addHandler(caplog.handler)
+    try:
+        extract(work, out, videos=str(videos))
+        extract(work, out, videos=str(videos))
+    finally:
+        verb.log.removeHandler(caplog.handler)
+    changed = f"{videos / 'jump/b.mp4'} has changed since its features were written: they are written again"
+    assert {message for message in caplog.messages if "changed" in message} == {changed}
+    assert first.read_bytes() == (out / "a.npy").read_bytes() != expected[first]
+    assert second.read_bytes() == expected[second]
 
 
 @pytest.mark.parametrize("form", ["npy", "pickle"])

@@ -1,5 +1,6 @@
 """Files of chunks: round trip, and errors for damaged files and for other settings."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from gpdit_lightning import tensor_files
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.chunk_files import ChunkFiles, complete_chunks, write_chunk
+from gpdit_lightning.evaluation import chunk_files
+from gpdit_lightning.evaluation.chunk_files import ChunkFiles, complete_chunks, source_identities, write_chunk
 
 SETTINGS = {"guidance": {"context": 1.5}, "size": (32, 32)}
 
@@ -59,7 +61,7 @@ def test_a_damaged_file_is_no_complete_chunk(tmp_path: Path, kind: str, caplog: 
     damage(path, kind)
     tensor_files.log.addHandler(caplog.handler)
     try:
-        assert complete_chunks([path, intact, tmp_path / "000019.safetensors"], SETTINGS) == {intact}
+        assert complete_chunks([path, intact, tmp_path / "000019.safetensors"], SETTINGS, {}) == {intact}
     finally:
         tensor_files.log.removeHandler(caplog.handler)
     (message,) = set(caplog.messages)
@@ -69,6 +71,33 @@ def test_a_damaged_file_is_no_complete_chunk(tmp_path: Path, kind: str, caplog: 
         InputError, match=r"000016.safetensors is (damaged|not a complete).*: delete it and run the same"
     ):
         ChunkFiles([path], SETTINGS)
+
+
+def test_results_of_videos_that_changed_are_no_complete_chunk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    chunk, copy = tmp_path / "000000.safetensors", tmp_path / "copy"
+    videos = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
+    for video in videos:
+        video.write_bytes(bytes(range(256)) * 1024)
+    write_chunk(chunk, ["a", "b"], {"truth/video": torch.ones(2, 9)}, SETTINGS, source_identities(videos))
+
+    def is_complete() -> bool:
+        return complete_chunks([chunk], SETTINGS, {chunk: videos}) == {chunk}
+
+    shutil.copy(videos[1], copy)  # another time and inode
+    copy.replace(videos[1])
+    assert is_complete()
+    monitored = chunk_files.log
+    monitored.addHandler(caplog.handler)
+    try:
+        content = videos[1].read_bytes()
+        for changed in (b"x" + content[1:], content[:-1] + b"x", content[:-1], content + b"\0"):
+            videos[1].write_bytes(changed)
+            assert not is_complete()
+    finally:
+        monitored.removeHandler(caplog.handler)
+    assert set(caplog.messages) == {f"{chunk} is of videos or images that have changed since: it is computed again"}
+    videos[1].write_bytes(content)
+    assert is_complete()
 
 
 def test_other_settings_are_an_error_that_names_the_first_difference(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import sha256_of
 from gpdit_lightning.probing.features import (
     CHECKSUMS,
-    FeatureChecksums,
+    FeatureDigests,
     FeatureRecord,
     VideoFeatures,
     read_features,
@@ -194,7 +195,8 @@ def test_a_file_is_compared_with_its_checksum(tmp_path: Path) -> None:
     names = ("v_1", "a\\b\nc")
     for number, name in enumerate(names):
         write_features(RECORD.path_of(tmp_path, name), random_features(number), RECORD)
-        FeatureChecksums(tmp_path).add(RECORD.path_of(tmp_path, name))
+        file = RECORD.path_of(tmp_path, name)
+        FeatureDigests(tmp_path).add(file, sha256_of(file))
     result = subprocess.run(["sha256sum", "--check", CHECKSUMS], cwd=tmp_path, capture_output=True)
     assert result.returncode == 0, result.stderr
     path = RECORD.path_of(tmp_path, "v_1")
