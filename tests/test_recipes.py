@@ -76,6 +76,13 @@ def shards(write_shards: Callable[..., Manifest], tmp_path_factory: pytest.TempP
     return write_shards(tmp_path_factory.mktemp("shards"), counts).directory
 
 
+def test_the_listing_separates_names_and_titles(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [re.fullmatch(r"gpdit:(\S+) {2,}(\S.*)", line) for line in lines]
+    assert {row and row[1] for row in rows} == {name_of(path).removesuffix(".yaml") for path in CONTENTS}
+
+
 def test_list_of_recipes() -> None:
     of_acdit = {"acdit/eval_imagenet.yaml", "acdit/eval_ucf101.yaml"}
     assert {name_of(path) for path in EVALUATIONS} == {

@@ -15,9 +15,11 @@ def recipes(options: RecipesOptions) -> None:
     """
     folder = recipes_folder()
     if options.out is None:
-        for path in shipped_recipes():
+        names = {path: path.relative_to(folder).with_suffix("").as_posix() for path in shipped_recipes()}
+        width = max(map(len, names.values()))
+        for path, name in names.items():
             title = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
-            print(f"{SHIPPED}{path.relative_to(folder).with_suffix('').as_posix():<34}{title}")
+            print(f"{SHIPPED}{name:<{width}}  {title}")
         return
     if options.out.exists() and any(options.out.iterdir()):
         raise InputError(f"{options.out} is not empty: choose another --out.")

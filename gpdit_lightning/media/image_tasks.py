@@ -99,7 +99,7 @@ def _opencv() -> Any:
         import cv2
     except ImportError as error:
         raise InputError(
-            f"OpenCV, which the tasks edges and sketch need, cannot be imported ({error}): "
+            f"OpenCV, which the tasks edges, edges_to_image and sketch need, cannot be imported ({error}): "
             "pip install 'gpdit_lightning[edges]'."
         ) from None
     return cv2

@@ -15,7 +15,8 @@ class PairInputOptions(OptionRecord):
     task: str = "pairs"
     """pairs: existing pairs. The other tasks make both images of a pair from one image: grayscale (image to grayscale),
     colourisation (the reverse), edges (image to Canny edges), edges_to_image (the reverse), sketch (image to pencil
-    drawing), copy (unchanged, for a warm-up). edges and sketch need OpenCV (pip install 'gpdit_lightning[edges]')."""
+    drawing), copy (unchanged, for a warm-up). edges, edges_to_image and sketch need OpenCV (pip install
+    'gpdit_lightning[edges]')."""
     sources: Path | None = None
     """Folder of the source images, or of the images from which a task makes pairs; searched recursively."""
     targets: Path | None = None
