@@ -12,7 +12,8 @@ window and context noise that is given. Two curves show what becomes of the late
 
 The numbers are how many frames pass before the ratio is at least 1, and the growth of the distance per 100 frames, by
 least squares. `python -m benchmarks.drift_videos` makes videos whose continuation is known at any length. Runs of one
-arm with several seeds are given as one name, ARM=RUN,RUN,RUN: curves are means over them, with the range between them.
+arm with several seeds are given as one name, ARM=RUN,RUN,RUN: curves are means over them, with the range between them,
+in `drift.png`. `frames.png` shows frames of the first two videos, by the first run of each arm, below the truth.
 """
 
 import argparse
@@ -34,8 +35,12 @@ from gpdit_lightning.evaluation.videos import read_clip, select_videos
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, rollout
 from gpdit_lightning.generation.plans import block_window
+from gpdit_lightning.media.images import write_sheet
 from gpdit_lightning.media.video import count_frames
 from gpdit_lightning.progress import progress_bar
+
+SHOWN_VIDEOS = 2
+SHOWN_FRAMES = 1, 2, 5, 10, 20, 35, 50, 100, 150, 200  # generated latent frames
 
 
 @dataclass(frozen=True)
@@ -118,11 +123,15 @@ def held_out_latents(pipeline: GPDiTPipeline, folders: Sequence[str], count: int
     return torch.stack([clip[: min(map(len, clips))] for clip in clips])
 
 
-def measure(pipeline: GPDiTPipeline, latents: Tensor, frames: int, how: Rollouts) -> DriftCurves:
-    """Continue the beginnings of latents (B, F, C, h, w), and return the curves."""
+def given_frames(pipeline: GPDiTPipeline, latents: Tensor) -> int:
+    """Return the number of frames of latents (B, F, C, h, w) that a model is given: as many as it can in training."""
+    return pipeline.model.layout(*latents.shape[-2:]).context_length(pipeline.trained.geometry.frames - 1)
+
+
+def continuations(pipeline: GPDiTPipeline, latents: Tensor, frames: int, how: Rollouts) -> Tensor:
+    """Continue the beginnings of latents (B, F, C, h, w); return the generated ones (B, frames, C, h, w)."""
     trained, model = pipeline.trained, pipeline.model
-    layout = model.layout(*latents.shape[-2:])
-    given = layout.context_length(trained.geometry.frames - 1)
+    layout, given = model.layout(*latents.shape[-2:]), given_frames(pipeline, latents)
     window, sinks = block_window(layout, trained.geometry.frames, given + frames, how.window)
     sampler = make_sampler(how.sampler, how.steps, trained.schedule)
     config = GenerationConfig(sampler, window=window, sinks=sinks, context_noise=how.context_noise)
@@ -133,7 +142,17 @@ def measure(pipeline: GPDiTPipeline, latents: Tensor, frames: int, how: Rollouts
         unit="frame",
         leave=False,
     )
-    return drift_curves(torch.stack(list(steps), dim=1), latents[:, given - 1], latents[:, given:])
+    return torch.stack(list(steps), dim=1)
+
+
+def shown_frames(pipeline: GPDiTPipeline, latents: Tensor, given: int) -> list[list[Tensor]]:
+    """Return pixels (3, H, W) of frames of each of the first videos: the last given frame, and `SHOWN_FRAMES` after it."""
+    decoder, columns = pipeline.codec.decoder(), []
+    for number, latent in enumerate(pipeline.codec.unwhitened(latents[:SHOWN_VIDEOS]).split(1, dim=1), 1 - given):
+        pixels = decoder(latent)
+        if number in (0, *SHOWN_FRAMES):
+            columns.append(pixels[:, -1].cpu())
+    return [list(video) for video in torch.stack(columns, dim=1)]
 
 
 def draw(results: dict[str, list[DriftCurves]], path: Path) -> None:
@@ -144,10 +163,11 @@ def draw(results: dict[str, list[DriftCurves]], path: Path) -> None:
     for axes, name, label in zip(
         figure.subplots(1, 2), ("ratios", "distances"), ("error ratio", "distance of statistics"), strict=True
     ):
-        for arm, curves in results.items():
+        for number, (arm, curves) in enumerate(results.items()):
             values = np.array([getattr(curve, name) for curve in curves])
             frames = np.arange(1, values.shape[1] + 1)
-            (line,) = axes.plot(frames, values.mean(0), label=arm)
+            style = ("-", "--", ":")[number // 10 % 3]  # colours repeat after ten arms
+            (line,) = axes.plot(frames, values.mean(0), style, label=arm)
             axes.fill_between(frames, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
         axes.set_xlabel("generated latent frame")
         axes.set_ylabel(label)
@@ -206,7 +226,7 @@ def option_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--context_noise", nargs="+", type=float, default=[0.0], help="angles in radians")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    parser.add_argument("--out", type=Path, default=Path("drift"), help="folder for drift.json, drift.md and drift.png")
+    parser.add_argument("--out", type=Path, default=Path("drift"), help="folder for drift.json, drift.md and pictures")
     return parser
 
 
@@ -218,15 +238,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for (name, steps), window, angle in itertools.product(options.sampler, options.window, options.context_noise)
     ]
     results: dict[str, list[DriftCurves]] = {}
+    pictures: list[tuple[str, list[Tensor]]] = []
     for name, runs in map(arm_of, options.checkpoint):
         for run in runs:
             pipeline = GPDiTPipeline.from_pretrained(run, device=options.device, precision="32")
             if not pipeline.model.config.takes_context:
                 raise InputError(f"{run} is a model of whole clips, which has no rollout: leave it out.")
             latents = held_out_latents(pipeline, options.videos, options.clips, options.frames + 64)
+            given = given_frames(pipeline, latents)
+            if not pictures:
+                pictures += [("truth", pixels) for pixels in shown_frames(pipeline, latents, given)]
             for how in ways:
                 arm = f"{name}, {how}" if len(ways) > 1 else name
-                results.setdefault(arm, []).append(measure(pipeline, latents, options.frames, how))
+                generated = continuations(pipeline, latents, options.frames, how)
+                if arm not in results:
+                    whole = torch.cat((latents[:, :given], generated), dim=1)
+                    pictures += [(arm, pixels) for pixels in shown_frames(pipeline, whole, given)]
+                curves = drift_curves(generated, latents[:, given - 1], latents[:, given:])
+                results.setdefault(arm, []).append(curves)
     options.out.mkdir(parents=True, exist_ok=True)
     text = table(results)
     print(text)
@@ -237,6 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path.write_text(json.dumps(content), encoding="utf-8")
     with atomic_write(options.out / "drift.png") as path:
         draw(results, path)
+    with atomic_write(options.out / "frames.png") as path:
+        write_sheet(path, ["given", *(f"frame {number}" for number in SHOWN_FRAMES)], pictures, context_columns=1)
 
 
 if __name__ == "__main__":
