@@ -146,7 +146,7 @@ def continuations(pipeline: GPDiTPipeline, latents: Tensor, frames: int, how: Ro
 
 
 def shown_frames(pipeline: GPDiTPipeline, latents: Tensor, given: int) -> list[list[Tensor]]:
-    """Return pixels (3, H, W) of frames of each of the first videos: the last given frame, and `SHOWN_FRAMES` after it."""
+    """Return frames (3, H, W) of each of the first videos: the last given frame, and `SHOWN_FRAMES` after it."""
     decoder, columns = pipeline.codec.decoder(), []
     for number, latent in enumerate(pipeline.codec.unwhitened(latents[:SHOWN_VIDEOS]).split(1, dim=1), 1 - given):
         pixels = decoder(latent)
