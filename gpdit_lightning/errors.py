@@ -39,7 +39,10 @@ def message_line(error: BaseException, place: int = 0) -> str:
 def file_of(error: OSError, otherwise: str) -> str:
     """Return the file that an error names, which some libraries give as bytes; another text if it names none.
 
-    Of a file that could not be renamed, it is the new name: the other one is temporary.
+    Of a file that could not be renamed, it is the new name, and of one that is written under `partial_path` its own
+    name: the other one is temporary.
     """
     name = error.filename2 or error.filename
-    return otherwise if name is None else os.fsdecode(name) if isinstance(name, bytes) else str(name)
+    if name is None:
+        return otherwise
+    return (os.fsdecode(name) if isinstance(name, bytes) else str(name)).removesuffix(".partial")

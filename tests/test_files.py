@@ -157,3 +157,9 @@ def test_a_bounded_reader_reads_what_a_file_has_and_no_pipe(tmp_path: Path) -> N
     for open_pipe in (BoundedReader, lambda path: list(read_lines(path, "give a list"))):
         with pytest.raises(InputError, match=f"{pipe} is not a regular file"):
             open_pipe(pipe)
+
+
+def test_an_error_of_an_atomic_write_names_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full") as raised, atomic_write(tmp_path / "a") as temporary:
+        raise OSError(errno.ENOSPC, "full", str(temporary))
+    assert file_of(raised.value, "") == f"{tmp_path}/a"

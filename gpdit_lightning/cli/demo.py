@@ -52,7 +52,11 @@ STRIP_CLIPS = 4  # clips in sample.png
 ANIMATED_CLIPS = 2  # clips in sample.mp4 and sample.gif
 ANIMATED_SIDE = 144  # pixels along a side of their frames
 SAMPLING_BATCH = 16  # clips
-OTHER_CURES = ("--out", "gpdit_lightning prepare")  # options and verbs that the user of `demo` did not give
+OTHER_CURES = (
+    "--out",
+    "gpdit_lightning prepare",
+    "same preparation",
+)  # options and verbs that the user of `demo` did not give
 
 
 def demo(options: DemoOptions) -> None:

@@ -38,6 +38,7 @@ from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.report_text import TABLES
 from gpdit_lightning.evaluation.scores import make_report
 from gpdit_lightning.evaluation.videos import Selection, find_videos, select_videos
+from gpdit_lightning.files import check_writable
 from gpdit_lightning.generation.pipeline import load_pipeline
 from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.names import as_text
@@ -106,6 +107,7 @@ def evaluate_continuations(evaluation: Evaluation) -> None:
     complete = complete_chunks(sorted((out / CHUNKS).glob("*.safetensors")), chunk_settings, videos)
     missing = [chunk for chunk in chunks[rank::ranks] if files[chunk] not in complete]
     if missing:
+        check_writable(out / CHUNKS, is_folder=True)
         (out / TABLES).unlink(missing_ok=True)
     written = (GROUND_TRUTH, *map(seed_variant, settings.seeds))
     on_variant = video_writer(out / VIDEOS, written, selection.names[: options.keep_videos])

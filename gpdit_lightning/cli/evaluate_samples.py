@@ -53,7 +53,7 @@ from gpdit_lightning.evaluation.samples import (
     split_samples,
 )
 from gpdit_lightning.evaluation.videos import select_videos
-from gpdit_lightning.files import sha256_of
+from gpdit_lightning.files import check_writable, sha256_of
 from gpdit_lightning.names import as_text
 from gpdit_lightning.progress import progress_bar
 
@@ -116,6 +116,7 @@ def evaluate_samples(evaluation: Evaluation) -> None:
     missing_real = [start for start in list(real.chunks)[rank::ranks] if real_files[start] not in complete]
     missing = [chunk for chunk in chunks[rank::ranks] if files[chunk] not in complete]
     if missing_real or missing:
+        check_writable(out / SAMPLES, is_folder=True)
         (out / TABLES).unlink(missing_ok=True)
     noun = f" {settings.medium}s"
     with progress_bar(total=len(missing_real), desc=f"real{noun}", unit=" chunks", disable=rank > 0) as bar:

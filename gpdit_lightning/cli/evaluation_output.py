@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from gpdit_lightning.evaluation.report_text import RESULTS, TABLES, plot_self_ch
 from gpdit_lightning.files import atomic_write, process_lock, read_bounded
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.evaluate import EvaluateOptions
+from gpdit_lightning.retries import NOT_WRITABLE_ERRORS
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,16 @@ def is_written(out: Path) -> bool:
 
 
 def write_and_print_report(out: Path, compute: Callable[[], Report]) -> None:
-    """Write and print the report of a folder; compute it unless it is written. Only one process does so at a time."""
-    with suppress(BlockingIOError), process_lock(out / LOCK):
+    """Write and print the report of a folder; compute it unless it is written. Only one process does so at a time.
+
+    A report that is written is printed in a folder too that is not writable.
+    """
+    with suppress(BlockingIOError), ExitStack() as stack:
+        try:
+            stack.enter_context(process_lock(out / LOCK))
+        except OSError as error:
+            if error.errno not in NOT_WRITABLE_ERRORS or not is_written(out):
+                raise
         if not is_written(out):
             report = compute()
             if report.self_checks:

@@ -159,7 +159,8 @@ def one_line_reports(debug: bool) -> Iterator[None]:
 
     def report(event: Any) -> None:
         if isinstance(event.exc_value, Exception):
-            print(f"in the background: {shortened(unexpected(event.exc_value))}", file=sys.stderr)
+            known = known_cause(event.exc_value, "use smaller batches or fewer workers")
+            print(f"in the background: {shortened(known or unexpected(event.exc_value))}", file=sys.stderr)
 
     threading.excepthook = sys.unraisablehook = report
     try:

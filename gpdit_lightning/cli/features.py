@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError, ResourceError
 from gpdit_lightning.evaluation.videos import find_named_videos, read_clip
-from gpdit_lightning.files import sha256_of
+from gpdit_lightning.files import check_writable, sha256_of
 from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.generation.precision import autocast
 from gpdit_lightning.generation.settings import (
@@ -68,8 +69,10 @@ def features(options: FeaturesOptions) -> None:
         for name, path in usable.items()
         if not is_complete(files[name], record, digests.features) or not digests.are_of(files[name], path)
     }
-    for name in sorted(usable.keys() - missing.keys()):
-        digests.complete(files[name], usable[name])
+    with suppress(OSError):  # a folder that is not writable
+        digests.complete({files[name]: usable[name] for name in sorted(usable.keys() - missing.keys())})
+    if missing:
+        check_writable(options.out, is_folder=True)
     unreadable = extract(missing, trained, codec, record, options, digests)
     skipped = unreadable + len(videos) - len(usable)
     if skipped == len(videos):
@@ -104,12 +107,20 @@ class Digests(NamedTuple):
         log.warning("%s has changed since its features were written: they are written again", video)
         return False
 
-    def complete(self, file: Path, video: Path) -> None:
-        """Record the hashes of a complete file that an earlier version wrote."""
-        if self.sources.get(file) is None:
-            self.sources.add(file, content_identity(video))
-        if not self.features.are_recorded:
-            self.features.add(file, sha256_of(file))
+    def complete(self, videos: Mapping[Path, Path]) -> None:
+        """Record the hashes of complete files that an earlier version wrote.
+
+        Args:
+            videos: the video of each file.
+
+        Raises:
+            OSError: a file cannot be read, or the folder is not writable.
+        """
+        sources = {file: video for file, video in videos.items() if self.sources.get(file) is None}
+        if sources:
+            self.sources.add({file: content_identity(video) for file, video in sources.items()})
+        if videos and not self.features.are_recorded:
+            self.features.add({file: sha256_of(file) for file in videos})
 
     def add(self, file: Path, source: str) -> None:
         """Record the hashes of a file, after it was written.
@@ -117,8 +128,8 @@ class Digests(NamedTuple):
         That of the file is last: until then the file is damaged, so that the features of a killed process are not taken
         for those of another source.
         """
-        self.sources.add(file, source)
-        self.features.add(file, sha256_of(file))
+        self.sources.add({file: source})
+        self.features.add({file: sha256_of(file)})
 
 
 def has_short_name(path: Path) -> bool:

@@ -10,7 +10,7 @@ from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import find_videos
-from gpdit_lightning.files import atomic_write
+from gpdit_lightning.files import atomic_write, check_writable
 from gpdit_lightning.generation.settings import layout_of, load_codec_of, trained_size
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.probe import ProbeOptions
@@ -48,6 +48,7 @@ def probe(options: ProbeOptions) -> None:
     Raises:
         InputError: an option, a checkpoint, an evaluation or the videos cannot be used.
     """
+    check_writable(options.out, is_folder=True)
     evaluations = read_evaluations(options.evaluations)
     checkpoints = [find_weights(checkpoint) for checkpoint in options.checkpoint]
     videos, split = split_videos(list(dict.fromkeys(find_videos(options.videos))), options)

@@ -3,7 +3,8 @@
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, get_args
 
@@ -15,7 +16,7 @@ from gpdit_lightning.codecs import Codec
 from gpdit_lightning.data.shard_entry import LATENT_ONLY, SHARD_NAME, ArrayName, Kind, ShardEntry, Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.data.shards import Shape, ShardReader, build_index, index_path, shard_entry
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.media.finding import LeftOut
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.prepare import PrepareOptions
@@ -243,7 +244,8 @@ def complete_shards(
             entry = _shard_entry(path, channels, options)
             reader = ShardReader(folder, entry)
             for number in range(entry.count):
-                _, metadata = reader.read(number)
+                with advise_deletion(path.name):
+                    _, metadata = reader.read(number)
                 if (id := SampleId.from_metadata(metadata)) in samples:
                     raise InputError(
                         f"{path} has a sample of {id.source} that another shard of its part has: delete it and run the "
@@ -254,6 +256,20 @@ def complete_shards(
     return shards, samples
 
 
+@contextmanager
+def advise_deletion(shard: str) -> Iterator[None]:
+    """Add to an InputError of the block, about a damaged shard of a preparation, that its samples are encoded again."""
+    try:
+        yield
+    except TransientError:
+        raise
+    except InputError as error:
+        raise InputError(
+            f"{error} If there is no other copy, delete {shard} and {index_path(Path(shard))} and run the same command "
+            "again."
+        ) from None
+
+
 def _shard_entry(path: Path, channels: int, options: PrepareOptions) -> ShardEntry:
     """Return the manifest entry of a complete shard; raises InputError if its index does not match its tar."""
     name = _parse_name(path)
@@ -262,7 +278,8 @@ def _shard_entry(path: Path, channels: int, options: PrepareOptions) -> ShardEnt
     arrays = stored_arrays(options, name["kind"])  # type: ignore[arg-type]
     if not index_path(path).is_file():
         raise InputError(f"{path} has no index {index_path(path).name}: delete it and run the same command again.")
-    index = build_index(path, (shape[0], len(arrays) * channels, *shape[2:]))
+    with advise_deletion(path.name):
+        index = build_index(path, (shape[0], len(arrays) * channels, *shape[2:]))
     entry = shard_entry(path, name["split"], name["kind"], shape, len(index), arrays)  # type: ignore[arg-type]
     if not np.array_equal(index, ShardReader(path.parent, entry).index):
         raise InputError(f"{path} does not match its index: delete it and run the same command again.")

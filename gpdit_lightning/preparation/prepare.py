@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from gpdit_lightning.codecs import Codec, find_codec
 from gpdit_lightning.data.manifest import FILE_NAME, NOTES_NAME, SKIPPED_NAME, Manifest
 from gpdit_lightning.data.shard_entry import Split
-from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
+from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.finding import LeftOut
@@ -31,6 +31,7 @@ from gpdit_lightning.options.prepare import (
 )
 from gpdit_lightning.options.shared import MAX_COUNT, names_of
 from gpdit_lightning.preparation import shots
+from gpdit_lightning.preparation.encode import advise_deletion
 from gpdit_lightning.preparation.input_files import FileFormat, InputFile, Inputs, find_inputs
 from gpdit_lightning.preparation.parts import encode_parts, load_checked_codec
 from gpdit_lightning.preparation.record_formats import PartResult
@@ -221,14 +222,9 @@ def _check_new_shards(manifest: Manifest, previous: Manifest | None) -> None:
     for entry in manifest.shards:
         if entry not in known:
             reader = ShardReader(manifest.directory, entry)
-            try:
+            with advise_deletion(entry.path):
                 for number in {0, entry.count - 1}:
                     reader.read(number)
-            except DamagedSampleError as error:
-                raise InputError(
-                    f"{error} If there is no other copy, delete {entry.path} and {entry.index} and run the same "
-                    "command again."
-                ) from None
 
 
 def _label_names(previous: Manifest | None, inputs: Inputs, results: list[PartResult]) -> tuple[str, ...]:

@@ -172,15 +172,23 @@ class FeatureDigests:
         digest = self._known.get(self._name(path))
         return None if digest is None else digest.decode(errors="replace")
 
-    def add(self, path: Path, value: str) -> None:
-        """Record the hash of a file in the folder, after it was written."""
-        name, digest = self._name(path), value.encode()
-        self._known[name] = digest
-        escape = b"\\" if b"\\" in name else b""
+    def add(self, values: Mapping[Path, str]) -> None:
+        """Record the hashes of files in the folder, after they were written, by one write.
+
+        A file without a hash in a folder with hashes is damaged, as one that a killed process has not recorded.
+
+        Raises:
+            OSError: the folder is not writable.
+        """
+        lines = b""
+        for path, value in values.items():
+            name, digest = self._name(path), value.encode()
+            self._known[name] = digest
+            lines += (b"\\" if b"\\" in name else b"") + digest + b"  " + name + b"\n"
         with open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
             # A process that was killed may have left a line without its end.
             torn = file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-            file.write((b"\n" if torn else b"") + escape + digest + b"  " + name + b"\n")
+            file.write((b"\n" if torn else b"") + lines)
 
     def _name(self, path: Path) -> bytes:
         """Return the name of a file within the folder, escaped as by `sha256sum`."""

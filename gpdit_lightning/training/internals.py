@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor, nn
@@ -69,6 +70,11 @@ def end_validation_loader(trainer: Trainer) -> None:
     if loop._data_fetcher is not None:
         loop._data_fetcher.teardown()
         loop._data_fetcher = None
+
+
+def event_writer(logger: TensorBoardLogger) -> Any:
+    """Return the writer of a logger's event files, None before its first use; `logger.experiment` would create one."""
+    return logger._experiment
 
 
 def launched_processes(strategy: Strategy) -> list[Popen[bytes]] | None:

@@ -8,6 +8,7 @@ from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from gpdit_lightning.files import BoundedReader, atomic_write
+from gpdit_lightning.training.internals import event_writer
 from gpdit_lightning.training.loggers import files_in_run_folder, order_event_files
 
 LOCK, RECIPE, CHECKPOINTS = ".lock", "config.yaml", "checkpoints"
@@ -75,7 +76,8 @@ def restored_without_a_step(trainer: Trainer, files: RunFolderFiles) -> Iterator
 
 
 def close_event_files(loggers: Iterable[object]) -> None:
-    """Close the event files of TensorBoard, whose writers would create them again."""
+    """Close the event files of TensorBoard, whose writers would create them again; none is opened for this."""
     for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.close()
+        writer = event_writer(logger) if isinstance(logger, TensorBoardLogger) else None
+        if writer is not None:
+            writer.close()

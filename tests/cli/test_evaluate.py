@@ -1,7 +1,9 @@
 """`evaluate`, end to end on synthetic videos."""
 
+import errno
 import json
 import multiprocessing
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -315,6 +317,31 @@ def test_a_finished_evaluation_is_printed_without_computing(
         monkeypatch.setattr(verb, name, None)
     assert evaluate(command, finished) == 0
     assert capsys.readouterr().out.startswith((finished / "results.md").read_text().split("\n## ")[0])
+
+
+def test_a_finished_evaluation_is_printed_from_a_read_only_folder(
+    command: list[str],
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+
+    def read_only(path: Path) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(evaluation_output, "process_lock", read_only)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert evaluate(command, tmp_path / "out") == 0
+    assert capsys.readouterr().out.startswith((finished / "results.md").read_text().split("\n## ")[0])
+    (tmp_path / "out" / "results.md").unlink()
+    assert evaluate(command, tmp_path / "out") == 2
+    assert f"{tmp_path}/out/.lock: Read-only file system" in capsys.readouterr().err
+    next((tmp_path / "out" / "chunks").iterdir()).unlink()
+    monkeypatch.setattr(verb, "evaluate_chunk", None)  # nothing is computed
+    assert evaluate(command, tmp_path / "out") == 2
+    assert f"{tmp_path}/out/chunks cannot be written, since" in capsys.readouterr().err
 
 
 def test_a_deleted_chunk_and_the_report_are_computed_again(command: list[str], finished: Path, tmp_path: Path) -> None:

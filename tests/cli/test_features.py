@@ -1,5 +1,6 @@
 """`features` on video files, compared with features of the whole model, pooled in loops."""
 
+import errno
 import os
 import pickle
 import shutil
@@ -21,7 +22,7 @@ from gpdit_lightning.cli.parsing import parse
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.videos import read_clip
-from gpdit_lightning.files import sha256_of
+from gpdit_lightning.files import open_regular, sha256_of
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.features import FeaturesOptions
@@ -184,6 +185,29 @@ def test_features_of_a_video_that_was_replaced_are_computed_again(
     assert {message for message in caplog.messages if "changed" in message} == {changed}
     assert first.read_bytes() == (out / "a.npy").read_bytes() != expected[first]
     assert second.read_bytes() == expected[second]
+
+
+def test_complete_features_of_version_0_1_0_are_kept_on_a_read_only_file_system(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(work, tmp_path)
+    for name in (CHECKSUMS, SOURCES):
+        (tmp_path / name).unlink()
+
+    def no_write(path: Path, flags: int = os.O_RDONLY) -> Any:
+        if flags != os.O_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return open_regular(path, flags)
+
+    monkeypatch.setattr(features, "open_regular", no_write)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    extract(work, tmp_path)
+    assert not (tmp_path / CHECKSUMS).exists()
+    assert not (tmp_path / SOURCES).exists()
+    (tmp_path / "a.npy").unlink()
+    monkeypatch.setattr(verb, "extract", None)  # nothing is computed
+    with pytest.raises(InputError, match=f"{tmp_path} cannot be written, .* is not a writable folder"):
+        extract(work, tmp_path)
 
 
 @pytest.mark.parametrize("form", ["npy", "pickle"])

@@ -223,12 +223,16 @@ def test_a_damaged_shard_of_an_interrupted_run_is_reported(options: PrepareOptio
     shard = min(options.out.glob("*.tar"))
     intact = shard.read_bytes()
     latents, metadata = np.load(shard.with_suffix(".index.npy"))[0, :2]
+    delete = f"delete {shard.name} and {shard.stem}.index.npy and run the same command again"
     for offset in (10, int(latents) + 200, int(metadata) + 5):  # in the name of a member, latents and metadata
         content = bytearray(intact)
         content[offset] ^= 1
         shard.write_bytes(content)
-        with pytest.raises(InputError, match=rf"{shard.name} .*(does not match its index: delete it|readable tar)"):
+        with pytest.raises(InputError, match=rf"{shard.name} .*(does not match its index: delete it|{delete})"):
             prepare(options)
+    shard.write_bytes(intact[: len(intact) // 2])
+    with pytest.raises(InputError, match=rf"{shard.name} .*{delete}"):
+        prepare(options)
     shard.unlink()  # its samples are encoded again into another shard
     assert Counter(identities(prepared(options))) == Counter(identities(uninterrupted))
 

@@ -196,7 +196,7 @@ def test_a_file_is_compared_with_its_checksum(tmp_path: Path) -> None:
     for number, name in enumerate(names):
         write_features(RECORD.path_of(tmp_path, name), random_features(number), RECORD)
         file = RECORD.path_of(tmp_path, name)
-        FeatureDigests(tmp_path).add(file, sha256_of(file))
+        FeatureDigests(tmp_path).add({file: sha256_of(file)})
     result = subprocess.run(["sha256sum", "--check", CHECKSUMS], cwd=tmp_path, capture_output=True)
     assert result.returncode == 0, result.stderr
     path = RECORD.path_of(tmp_path, "v_1")

@@ -17,10 +17,13 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch import strategies
+from lightning.pytorch.loggers import TensorBoardLogger
 
 import gpdit_lightning
 from gpdit_lightning.training import internals
+from gpdit_lightning.training.internals import event_writer
 from gpdit_lightning.training.optimizer import OptimizerConfig
+from gpdit_lightning.training.run_folder import close_event_files
 from gpdit_lightning.training.strategies.fsdp import FSDP2
 from gpdit_lightning.training.strategies.zero import ZeRO
 
@@ -204,3 +207,12 @@ def test_the_data_parallel_size_is_read_after_it_is_set() -> None:
     source = inspect.getsource(strategies.ModelParallelStrategy.setup_environment)
     assert vars(strategy)["_data_parallel_size"] == 3
     assert "_setup_device_mesh(\n            self._data_parallel_size" in source
+
+
+def test_the_writer_of_event_files_is_opened_at_its_first_use_and_not_to_be_closed(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path / "run")
+    close_event_files([logger])
+    assert event_writer(logger) is None
+    assert not (tmp_path / "run").exists()
+    assert logger.experiment is event_writer(logger)
+    close_event_files([logger])
