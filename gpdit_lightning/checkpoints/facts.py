@@ -11,7 +11,8 @@ from gpdit_lightning.specs import ClipGeometry, CodecSpec
 
 # Fields of `data` and `run` that are used; a checkpoint may record others, and lack any.
 USED_FIELDS: dict[str, dict[str, Any]] = {
-    "data": dict.fromkeys(("data.context_dropout", "data.context_noise", "data.label_dropout"), NUMBER),
+    "data": dict.fromkeys(("data.context_dropout", "data.context_noise", "data.label_dropout"), NUMBER)
+    | {"data.videos.frames_without_loss": COUNT},
     "run": {"samples": OBJECT, "optimizer": OBJECT},
 }
 SAMPLE_COUNTS = {"train": COUNT, "validation": COUNT}

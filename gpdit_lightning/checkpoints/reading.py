@@ -91,6 +91,7 @@ class TrainedModel:
         validation: its loss on held-out data; None if it is not recorded.
         context_dropout: fraction of the clips that were trained without context; None if it is not recorded.
         context_noise: largest angle, in radians, of the context noise of training.
+        frames_without_loss: latent frames at the start of each training video that had no loss.
     """
 
     backbone: HubGPDiT
@@ -104,6 +105,7 @@ class TrainedModel:
     validation: ValidationLoss | None = None
     context_dropout: float | None = None
     context_noise: float = 0.0
+    frames_without_loss: int = 0
 
     @property
     def is_exported(self) -> bool:
@@ -170,4 +172,5 @@ def load_trained_model(
         validation=facts.validation,
         context_dropout=facts.data.get("data.context_dropout"),
         context_noise=facts.data.get("data.context_noise", 0.0),
+        frames_without_loss=facts.data.get("data.videos.frames_without_loss", 0),
     )

@@ -13,7 +13,7 @@ from gpdit_lightning.model.layout import BlockLayout, ClipBlocks
 from gpdit_lightning.randomness import CONTEXT_NOISE, generator
 
 # Quotient from which a context counts as unlike the training data. Measured (docs/generation.md): at most 1.3 for
-# held-out videos, at least 3 for videos of other kinds.
+# held-out videos, at least 2.4 for videos of other kinds.
 UNLIKE_TRAINING = 2.0
 # The middle of each half of the first quarter. At stronger noise, the loss of a clip depends on its contrast and motion
 # as much as on the training data: that of held-out videos of UCF-101 was up to 3.6 times the mean.
@@ -27,8 +27,9 @@ def relative_loss(
     """Return the loss of a context at weak noise, relative to the validation loss of the model there.
 
     The loss of the context is that of its first frame and, with more weight, its last frame given the others, with
-    fixed noise; in a model whose blocks are not frames, that of the frames of the first and the last block. This is one
-    network call for four noisy frames or blocks. No generator of random numbers changes its state.
+    fixed noise; in a model whose blocks are not frames, that of the frames of the first and the last block. The first
+    frame of a video is the first one that had a loss in training. This is one network call for four noisy frames or
+    blocks. No generator of random numbers changes its state.
 
     Args:
         trained: the model.
@@ -37,16 +38,18 @@ def relative_loss(
         autocast_dtype: as in :class:`GenerationConfig`.
 
     Returns:
-        The quotient; None without a context, or if no validation loss of images (k = 1) or videos (k > 1) is recorded.
+        The quotient; None without a context, if none of its frames had a loss in training, or if no validation loss of
+        images (k = 1) or videos (k > 1) is recorded.
     """
     backbone, geometry = trained.backbone, trained.geometry
     layout = BlockLayout.of(backbone.config, *context.shape[-2:])
     length = layout.context_length(min(len(context), geometry.frames))
     quarters = trained.validation and trained.validation.quarters.get("images" if len(context) == 1 else "videos")
-    if not length or not quarters or not quarters[0]:
+    without_loss = layout.context_length(trained.frames_without_loss) if len(context) > 1 else 0
+    if length <= without_loss or not quarters or not quarters[0]:
         return None
     context = context[-length:].to(backbone.device)
-    frames = sorted({*layout.group(0, length), *layout.last_group(length)})
+    frames = sorted({*layout.group_after(without_loss, length), *layout.last_group(length)})
     blocks = ClipBlocks.of(backbone.config, frames, *context.shape[-2:])
     shape = (len(NOISE_LEVELS), len(frames), *context.shape[1:])
     noise = torch.from_numpy(generator(0, CONTEXT_NOISE).standard_normal(shape, "float32")).to(context)
@@ -59,6 +62,6 @@ def relative_loss(
     errors = (prediction - training_target(sample, noise, backbone.config.target)).float().square()
     losses = blocks.mean(errors).unflatten(1, (-1, layout.blocks_per_group)).mean(dim=(0, 2)).tolist()  # one per group
     # The first blocks, which are the hardest, have the weight that they have in the validation loss.
-    groups = layout.count(geometry.frames) // layout.blocks_per_group
+    groups = len(layout.blocks_of(range(without_loss, geometry.frames))) // layout.blocks_per_group
     first = 1 / groups if len(losses) > 1 else 1.0
     return (first * losses[0] + (1 - first) * losses[-1]) / quarters[0]

@@ -38,12 +38,24 @@ class ModelOfZeros(nn.Module):
         return noisy / (angles.sin() if self.config.target == "epsilon" else angles.tan())
 
 
-def model_with(quarters: dict[str, tuple[float | None, ...]] | None, **fields: Any) -> TrainedModel:
+def model_with(
+    quarters: dict[str, tuple[float | None, ...]] | None, frames_without_loss: int = 0, **fields: Any
+) -> TrainedModel:
     validation = None if quarters is None else ValidationLoss(100, quarters)
     geometry: Any = ClipGeometry(3, ((64, 64),), FRAMES)
     unused: Any = None
     backbone: Any = ModelOfZeros(**fields)
-    return TrainedModel(backbone, unused, "ema", SCHEDULE, unused, geometry, 100, validation=validation)
+    return TrainedModel(
+        backbone,
+        unused,
+        "ema",
+        SCHEDULE,
+        unused,
+        geometry,
+        100,
+        validation=validation,
+        frames_without_loss=frames_without_loss,
+    )
 
 
 def context_of(*values: float) -> Tensor:
@@ -90,6 +102,17 @@ def test_the_first_and_the_last_block_are_compared(
     expected = (square * (1 / SINES**2 - 1) / 4).mean().item()
     assert relative_loss(trained, context_of(*values)) == pytest.approx(expected, rel=1e-4)
     assert trained.backbone.calls[0]["frames"] == frames
+
+
+def test_frames_without_loss_in_training_are_not_compared() -> None:
+    """The validation loss is that of the other frames, here of two."""
+    quarters: dict[str, tuple[float | None, ...]] = {"videos": (4.0,) * 4, "images": (1.0,) * 4}
+    trained = model_with(quarters, frames_without_loss=3)
+    expected = ((9 / 2 + 25 / 2) / SINES**2 / 4).mean().item()
+    assert relative_loss(trained, context_of(9.0, 9.0, 9.0, 3.0, 5.0)) == pytest.approx(expected, rel=1e-4)
+    assert trained.backbone.calls[0]["frames"] == [3, 4]
+    assert relative_loss(trained, context_of(9.0, 9.0, 9.0)) is None
+    assert relative_loss(trained, context_of(2.0)) == pytest.approx((4 / SINES**2).mean().item(), rel=1e-4)
 
 
 def test_a_single_frame_is_compared_with_images() -> None:

@@ -367,7 +367,9 @@ def test_a_context_is_compared_with_the_training_data_wherever_it_is(fields: dic
     def loss(model: GPDiT, context: Tensor) -> float | None:
         validation = SimpleNamespace(quarters={"videos": [1.0]})
         geometry, schedule = SimpleNamespace(frames=4), NoiseSchedule("linear")
-        trained: Any = SimpleNamespace(backbone=model, validation=validation, geometry=geometry, schedule=schedule)
+        trained: Any = SimpleNamespace(
+            backbone=model, validation=validation, geometry=geometry, schedule=schedule, frames_without_loss=0
+        )
         return relative_loss(trained, context, label=1)
 
     check_any_device(loss, LATENTS[0], of=partial(model_of, **fields))
