@@ -6,7 +6,9 @@ import fcntl
 import hashlib
 import io
 import os
+import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ from gpdit_lightning.names import MAX_NAME_BYTES
 
 READ_BYTES = 2**22  # at a time
 MAX_TEXT_BYTES = 2**26  # of a recipe, a card or a table
+LONGEST_WAIT = 10.0  # seconds for another process that writes the same file
+POLL_INTERVAL = 0.05  # seconds
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Marks at the beginning of files in encodings other than UTF-8; that of UTF-32 begins with that of UTF-16.
@@ -52,15 +56,15 @@ def check_writable(path: Path, option: str = "--out", is_folder: bool = False, e
         InputError: the name has another extension or is too long, the closest existing parent is not a writable folder,
             or the path of the file is that of a folder, a pipe, a socket or a device.
     """
+    if not is_folder and os.path.isdir(path):
+        raise InputError(f"{path} cannot be written, since it is a folder: give another {option}.")
     file = path.absolute() / "file" if is_folder else path.absolute()
     folder = next(parent for parent in file.parents if os.path.exists(parent))
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{path} cannot be written, since {folder} is not a writable folder: give another {option}.")
-    if not is_folder and os.path.isdir(path):
-        raise InputError(f"{path} cannot be written, since it is a folder: give another {option}.")
     if extension and path.suffix.lower() != extension:
         raise InputError(f"{option} is {path}: give a name that ends in {extension}, as the file to write does.")
-    for name in (path, partial_path(path)):
+    for name in (path, partial_path(path)) if path.name else ():  # not for / and the working directory
         try:
             os.lstat(name)
         except FileNotFoundError:
@@ -99,28 +103,100 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with its content, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield the partial path to write to, and publish it when the block ends without an exception.
 
     After an exception the partial file is removed and an existing file at `path` is unchanged. A process that is
-    killed leaves at most the partial file.
+    killed leaves at most the partial file. Other processes that write the same file wait for the block.
 
     Raises:
-        InputError: the path is that of a pipe, a socket or a device.
+        InputError: the path is that of a pipe, a socket or a device; or as :func:`new_partial`.
         OSError: the file cannot be written, or the path is that of a folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_replaceable(path, "move it away, or give another path")
-    partial_path(path).unlink(missing_ok=True)  # a leftover, which might be a link or a pipe
     try:
-        yield partial_path(path)
-        publish(path)
+        with new_partial(path) as partial:
+            yield partial
+            publish(path)
     except OSError as error:
         error.filename = error.filename or str(path)  # of a failed write, such as on a full disk, it is not set
         raise
+
+
+@contextmanager
+def new_partial(path: Path, is_folder: bool = False) -> Iterator[Path]:
+    """Yield a new, empty file or folder at `partial_path(path)`, which no other process uses during the block.
+
+    It is removed after an exception. A leftover of a killed process is replaced. On a file system without locks,
+    processes do not exclude each other.
+
+    Raises:
+        InputError: another process uses it, and has not finished within `LONGEST_WAIT`.
+        OSError: it cannot be made.
+    """
+    partial, end = partial_path(path), time.monotonic() + LONGEST_WAIT
+    while (descriptor := _claim(partial, is_folder)) is None:
+        if time.monotonic() > end:
+            raise InputError(f"another process is writing {path}: wait for it or stop it, or give another path.")
+        time.sleep(POLL_INTERVAL)
+    try:
+        yield partial
+    except BaseException:
+        remove(partial)
+        raise
     finally:
-        partial_path(path).unlink(missing_ok=True)
+        os.close(descriptor)  # the lock ends
+
+
+def _lock(descriptor: int) -> None:
+    """Lock an open file, unless its file system has no locks; raises `BlockingIOError` if another process holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
+
+
+def _claim(partial: Path, is_folder: bool) -> int | None:
+    """Make a locked, empty file or folder; return its descriptor, or None if another process holds or moved it.
+
+    The lock is of the open file (flock), since record locks would end as soon as a library closes the file.
+    """
+    kind, flags = (stat.S_IFDIR, os.O_RDONLY) if is_folder else (stat.S_IFREG, os.O_RDWR | os.O_CREAT)
+    if os.path.lexists(partial) and stat.S_IFMT(os.lstat(partial).st_mode) != kind:
+        remove(partial)  # a leftover, which might be a link or a pipe
+    if is_folder:
+        partial.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(partial, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except PermissionError:
+        if not os.path.lexists(partial):
+            raise
+        remove(partial)
+        return None
+    try:
+        _lock(descriptor)
+        if os.path.samestat(os.fstat(descriptor), os.lstat(partial)):
+            for entry in partial.iterdir() if is_folder else ():
+                remove(entry)
+            if not is_folder:
+                os.ftruncate(descriptor, 0)
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(descriptor)
+    return None
 
 
 @contextmanager

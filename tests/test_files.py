@@ -4,20 +4,24 @@ import errno
 import hashlib
 import multiprocessing
 import os
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gpdit_lightning import files
 from gpdit_lightning.errors import InputError, file_of
 from gpdit_lightning.files import (
     BoundedReader,
     atomic_write,
     check_writable,
+    new_partial,
     partial_path,
     process_lock,
     publish,
     read_lines,
+    remove,
     sha256_of,
 )
 
@@ -72,6 +76,45 @@ def test_atomic_write_changes_nothing_after_an_exception(tmp_path: Path) -> None
         fail()
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_writers_of_the_same_file_wait_for_each_other(
+    is_folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a lock the first writer would publish the incomplete file of the second one."""
+    path = tmp_path / "a"
+
+    def write(text: str, begun: Event, may_end: Event) -> None:
+        with new_partial(path, is_folder) as partial:
+            file = partial / "b" if is_folder else partial
+            file.write_text(text[:3])  # closes the file, which would end a record lock
+            begun.set()
+            may_end.wait(60)
+            assert file.read_text() == text[:3]
+            file.write_text(text)
+            if is_folder:
+                remove(path)
+            publish(path)
+
+    partial_path(path).symlink_to(tmp_path / "elsewhere")  # a leftover
+    events = [fork.Event() for _ in range(4)]
+    first = fork.Process(target=write, args=("first", *events[:2]))
+    first.start()
+    assert events[0].wait(60)
+    second = fork.Process(target=write, args=("second", *events[2:]))
+    second.start()
+    assert not events[2].wait(0.3)
+    monkeypatch.setattr(files, "LONGEST_WAIT", 0.0)
+    with pytest.raises(InputError, match=f"another process is writing {path}: wait for it or stop it, or give another"):
+        write("third", *events[2:])
+    events[3].set()
+    events[1].set()
+    first.join(60)
+    second.join(60)
+    assert (first.exitcode, second.exitcode) == (0, 0)
+    assert (path / "b" if is_folder else path).read_text() == "second"
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_publish_flushes_every_entry_before_it_renames_a_folder(
@@ -133,8 +176,11 @@ def test_check_writable_names_path_reason_and_option(tmp_path: Path) -> None:
         check_writable(tmp_path / "file" / "a")
     with pytest.raises(InputError, match=r"file cannot be written, since .*/file is not a writable folder"):
         check_writable(tmp_path / "file", is_folder=True)
-    with pytest.raises(InputError, match="cannot be written, since it is a folder: give another --sheet"):
-        check_writable(tmp_path, "--sheet")
+    for folder in (Path("/"), Path(".")):
+        check_writable(folder, is_folder=True)
+    for folder in (tmp_path, Path("/")):
+        with pytest.raises(InputError, match="cannot be written, since it is a folder: give another --sheet"):
+            check_writable(folder, "--sheet")
     with pytest.raises(InputError, match=r"cannot be written \(File name too long\): give another --out"):
         check_writable(tmp_path / ("a" * 256))
     with pytest.raises(InputError, match=r"--out is recipe.yaml: give a name that ends in .png, as"):

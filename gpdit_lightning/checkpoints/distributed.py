@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from gpdit_lightning.checkpoints.files import remove
 from gpdit_lightning.checkpoints.marks import TRAINING, FileMark
 from gpdit_lightning.checkpoints.parts import TensorSlice, part_name, write_hashed, write_part
+from gpdit_lightning.files import remove
 
 Publish = Callable[[Mapping[str, FileMark]], None]
 """Called on the first rank with the sizes and hashes of all files by name, when all are on disk."""

@@ -16,7 +16,6 @@ later steps, whatever the times of files are.
 
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ from gpdit_lightning.checkpoints.marks import (
     write_mark,
 )
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import flush, partial_path, publish
+from gpdit_lightning.files import flush, partial_path, publish, remove
 from gpdit_lightning.tensor_files import TensorOnDisk
 
 LAST = "last.ckpt"
@@ -197,14 +196,6 @@ def remove_checkpoint(path: Path) -> None:
         path.replace(discarded)
     mark_path(path).unlink(missing_ok=True)
     remove(discarded)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link, or a folder with its content, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def prune(newest: Path, keep_last: int, keep_every_steps: int) -> None:

@@ -19,7 +19,6 @@ from gpdit_lightning.checkpoints.exported import (
     has_edited_card,
     write_exported,
 )
-from gpdit_lightning.checkpoints.files import remove
 from gpdit_lightning.checkpoints.first_use import first_use
 from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
 from gpdit_lightning.checkpoints.weights import Weights
@@ -28,7 +27,7 @@ from gpdit_lightning.codecs import CODECS
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.report_text import RESULTS, what_is_generated
-from gpdit_lightning.files import partial_path, publish, read_bounded
+from gpdit_lightning.files import new_partial, publish, read_bounded, remove
 from gpdit_lightning.generation.settings import load_codec_of
 from gpdit_lightning.options.export import ExportOptions
 
@@ -47,11 +46,8 @@ def export(options: ExportOptions) -> None:
     if options.dtype:
         dtype = getattr(torch, options.dtype)
         stored = replace(stored, tensors={name: value.to(dtype) for name, value in model.state_dict().items()})
-    check_replaceable(out, stored)
-    partial = partial_path(out)
-    remove(partial)  # left by a killed export
-    try:
-        partial.mkdir(parents=True)
+    with new_partial(out, is_folder=True) as partial:
+        check_replaceable(out, stored)
         run_dir = run_folder_of(trained.path)
         images = write_images(partial, trained, run_dir, options.codec_source) if options.samples else {}
         details = CardDetails(images, scores_of(trained, options.evaluation, run_dir))
@@ -63,8 +59,6 @@ def export(options: ExportOptions) -> None:
         write_exported(partial, stored, details)
         remove(out)
         publish(out)
-    finally:
-        remove(partial)
     kind = "averaged" if model.facts.weights == "ema" else "trained"
     use = first_use(model.config, model.facts)
     assert use is not None  # load_trained_model requires the record

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.options.shared import OptionRecord, RecipeOptions, check_at_least
+from gpdit_lightning.options.shared import OptionRecord, RecipeOptions, check_at_least, check_between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +58,9 @@ class EstimateOptions(RecipeOptions, HardwareOptions, SizeOptions):
         check_at_least(self, gpus=1, gpus_per_node=1)
         if not self.gpu_memory > 0:
             raise InputError(f"--gpu_memory is {self.gpu_memory}: give a number of GiB above 0.")
-        if not self.network > 0:
-            raise InputError(f"--network is {self.network}: give a number of GB/s above 0.")
         if any(number < 1 for number in self.scaling):
             raise InputError(f"--scaling is {list(self.scaling)}: give numbers of GPUs of at least 1.")
         if self.measure and self.tflops is not None:
             raise InputError("both --measure and --tflops are given: give one of them.")
-        if not 0 < self.mfu <= 1:
-            raise InputError(f"--mfu is {self.mfu}: give a fraction above 0, at most 1.")
-        if self.tflops is not None and not self.tflops > 0:
-            raise InputError(f"--tflops is {self.tflops}: give a number above 0.")
+        # Far below these, times are infinite.
+        check_between(self, mfu=(1e-6, 1), tflops=(1e-6, 1e9), network=(1e-6, 1e9))

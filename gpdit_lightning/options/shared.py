@@ -34,10 +34,10 @@ def check_at_most(options: Any, **limits: int) -> None:
 
 
 def check_between(options: Any, **ranges: tuple[float, float]) -> None:
-    """Raise an InputError that names the option if a value is outside its range."""
+    """Raise an InputError that names the option if a value is outside its range; None is accepted."""
     for name, (least, most) in ranges.items():
         value = getattr(options, name)
-        if not least <= value <= most:
+        if value is not None and not least <= value <= most:
             raise InputError(f"--{name} is {value}: give a number from {least:g} to {most:g}.")
 
 

@@ -240,6 +240,7 @@ def test_the_codec_determines_the_latent_frames_that_are_assumed(
         (["--gpus=3"], "3 GPUs do not divide data.max_ranks = 64"),
         (["--gpu=K20"], "--gpu is K20, whose peak FLOP/s are unknown"),
         (["--mfu=2"], "--mfu is 2.0"),
+        (["--tflops=1e-320"], "--tflops is 1e-320: give a number from 1e-06 to 1e+09"),
         (["--gpus=0"], "--gpus is 0: give at least 1"),
         (["--gpu_memory=0"], "--gpu_memory is 0.0"),
         (["--video_sizes", "100x100"], "multiples of 16 pixels"),

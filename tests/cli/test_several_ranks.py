@@ -16,8 +16,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpdit_lightning.checkpoints.files import remove
 from gpdit_lightning.cli import main
+from gpdit_lightning.files import remove
 from tests.checkpoints.content import read_checkpoint
 from tests.conftest import MadeOnce
 

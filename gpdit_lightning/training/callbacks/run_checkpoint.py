@@ -19,7 +19,6 @@ from gpdit_lightning.checkpoints.files import (
     last_checkpoint,
     prune,
     publish_checkpoint,
-    remove,
     remove_leftovers,
     unmark_damaged,
 )
@@ -28,7 +27,7 @@ from gpdit_lightning.checkpoints.marks import FileMark, step_of
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.devices import device_name
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import partial_path
+from gpdit_lightning.files import partial_path, remove
 from gpdit_lightning.training.callbacks.stopping import Stopped, StopSignals
 from gpdit_lightning.training.internals import disable_signal_handlers, is_between_steps, validation_follows
 from gpdit_lightning.training.optimizer import OptimizerConfig
