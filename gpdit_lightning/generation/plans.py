@@ -96,10 +96,25 @@ def plan_clips(
     """
     settings = context_settings(options, trained, codec, ground_truth_frames)
     if options.by_class:
-        return _plan_samples(sources, options, trained, codec, settings, seconds, seeds)
-    contexts = [_empty_context(settings)]
-    if sources:
-        contexts = read_contexts(sources, settings, codec, skip_unusable=skip_unusable)
+        clips = _plan_samples(sources, options, trained, codec, settings, seconds, seeds)
+    else:
+        contexts = [_empty_context(settings)]
+        if sources:
+            contexts = read_contexts(sources, settings, codec, skip_unusable=skip_unusable)
+        clips = _plan_continuations(contexts, options, trained, codec, seconds, seeds)
+    _warn_of_short_contexts(clips, trained, codec)
+    return clips
+
+
+def _plan_continuations(
+    contexts: Sequence[VideoContext],
+    options: GenerationOptions,
+    trained: TrainedModel,
+    codec: Codec,
+    seconds: float | None,
+    seeds: Sequence[int] | None,
+) -> list[Clip]:
+    """Return the videos to generate after contexts; arguments as `plan_clips`."""
     if seeds is None:
         seeds = [options.seed] * len(contexts)
     elif len(seeds) != len(contexts):
@@ -285,6 +300,20 @@ def rollout_window(
             f"allow {visible}: leave --no_cache out, raise --window, or generate fewer frames."
         )
     return window, sinks
+
+
+def _warn_of_short_contexts(clips: Sequence[Clip], trained: TrainedModel, codec: Codec) -> None:
+    """Log a warning if a video begins with latent frames that had no loss in the last training of the model."""
+    shortest = min(len(clip.context.pixels) for clip in clips)
+    given = latent_frames(shortest, codec) if shortest else 0
+    if given < trained.frames_without_loss:
+        log.warning(
+            "warning: %d latent frames are given, but the first %d of each video had no loss in training "
+            "(data.videos.frames_without_loss): give a context of at least %d frames, or the result may be worse",
+            given,
+            trained.frames_without_loss,
+            codec.pixel_frames(trained.frames_without_loss),
+        )
 
 
 def latent_frames(pixel_frames: int, codec: Codec) -> int:

@@ -1,6 +1,7 @@
 """Contexts, windows and frames of models whose blocks are not frames, from the pipeline's options to its frames."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,18 @@ def test_contexts_that_cut_a_block_are_refused_or_shortened(caplog: pytest.LogCa
         pipeline(video(1), frames=4, **STEPS)
     first_alone = pipeline_of(5, block_shape=(2, 0, 0), first_block_frames=1)
     assert first_alone(video(1), frames=4, **STEPS).videos[0].pixels.shape[0] == 4
+
+
+@pytest.mark.parametrize(("given", "warns"), [(None, 0), (1, 1), (5, 2), (9, None)])
+def test_a_context_that_ends_before_the_first_frame_with_a_loss_is_named(
+    given: int | None, warns: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = pipeline_of(6)
+    pipeline.trained = replace(pipeline.trained, frames_without_loss=3)
+    pipeline(None if given is None else video(given), frames=4, **STEPS)
+    expected = f"{warns} latent frames are given, but the first 3 of each video had no loss in training"
+    assert (expected in caplog.text) == (warns is not None)
+    assert ("give a context of at least 9 frames" in caplog.text) == (warns is not None)
 
 
 def layout_of(**fields: Any) -> BlockLayout:
