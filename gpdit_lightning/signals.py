@@ -42,11 +42,12 @@ class SignalListener:
 
     def start(self) -> None:
         """Start the thread; call it in the main thread."""
-        reading_end, self._wakeup_fd = os.pipe()
+        reading_end, writing_end = os.pipe()
+        thread = threading.Thread(target=self._listen, args=(reading_end,), daemon=True)
+        thread.start()  # raises if there are too many threads or too little memory; then there is nothing to close
+        self._thread, self._wakeup_fd = thread, writing_end
         os.set_blocking(self._wakeup_fd, False)
         self._previous_fd = signal.set_wakeup_fd(self._wakeup_fd, warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._listen, args=(reading_end,), daemon=True)
-        self._thread.start()
 
     def close(self) -> None:
         """End the thread, if it was started, so that it holds no references; call it in the main thread."""

@@ -5,6 +5,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -16,9 +17,10 @@ import yaml
 from torch.utils.data import DataLoader, Dataset
 
 from gpdit_lightning import cli
+from gpdit_lightning.checkpoints.distributed import BackgroundTask
 from gpdit_lightning.checkpoints.files import last_checkpoint
 from gpdit_lightning.cli import VERBS, main
-from gpdit_lightning.signals import SIGNALS, TERMINATING, Termination, ignore_signals, signals_delayed
+from gpdit_lightning.signals import SIGNALS, TERMINATING, SignalListener, Termination, ignore_signals, signals_delayed
 from tests.cli.test_resume import recipe
 
 ROOT = Path(__file__).parents[1]
@@ -130,6 +132,20 @@ def test_ctrl_c_while_workers_start_is_raised_after_all_of_them_have_started() -
         batches = iter(loader)
         started += workers_of(batches)
     assert len(started) == 2
+
+
+def test_a_thread_that_could_not_be_started_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under `ulimit -v` or `ulimit -u`; joining it raised another error in place of the cause."""
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    listener, task = SignalListener((signal.SIGUSR2,), print), BackgroundTask()
+    for start, end in ((listener.start, listener.close), (lambda: task.start(print), task.wait)):
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            start()
+        end()
 
 
 def test_a_delayed_signal_is_handled_once_and_the_handlers_are_restored() -> None:

@@ -173,8 +173,9 @@ class BackgroundTask:
                 self._error = error
             self.seconds = time.perf_counter() - begun
 
-        self._thread = threading.Thread(target=run, daemon=True, name="checkpoint")
-        self._thread.start()
+        thread = threading.Thread(target=run, daemon=True, name="checkpoint")
+        thread.start()  # raises if there are too many threads or too little memory; then there is none to wait for
+        self._thread = thread
 
     def join(self, seconds: float | None = None) -> None:
         """Wait until the task has ended, but at most some seconds."""
