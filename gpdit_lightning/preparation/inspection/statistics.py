@@ -76,10 +76,11 @@ def assessment(mean: np.ndarray, std: np.ndarray) -> str:
     unusual = (abs(mean) > USUAL_MEAN) | (std < 1 / USUAL_FACTOR) | (std > USUAL_FACTOR)
     if not unusual.any():
         return f"{measured}: as expected"
-    channels = ", ".join(map(str, np.flatnonzero(unusual)))
+    numbers = np.flatnonzero(unusual)
+    named = f"channel {numbers[0]} is" if len(numbers) == 1 else f"channels {', '.join(map(str, numbers))} are"
     if unusual.mean() >= 0.5 or (abs(mean) > MAX_MEAN).any() or (std > MAX_STD).any():
         return (
-            f"WARNING: {measured}: channels {channels} are outside the usual range ({usual}). Either the latents are "
+            f"WARNING: {measured}: {named} outside the usual range ({usual}). Either the latents are "
             "of another codec, or its constants are wrong, or the images are unusual: decode some with --show."
         )
-    return f"{measured}: channels {channels} are outside the usual range ({usual}), as with few, dark or static images"
+    return f"{measured}: {named} outside the usual range ({usual}), as with few, dark or static images"
