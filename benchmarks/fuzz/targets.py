@@ -27,7 +27,7 @@ from gpdit_lightning.generation.pipeline import GPDiTPipeline
 from gpdit_lightning.media.containers import open_video
 from gpdit_lightning.media.decoding import decoded_frames
 from gpdit_lightning.names import printable
-from gpdit_lightning.probing.features import CHECKSUMS
+from gpdit_lightning.probing.features import CHECKSUMS, SOURCES
 
 OUT = "out"
 
@@ -68,7 +68,11 @@ def trained_weights(run: str = OUT) -> str:
 def written_files(folder: str = OUT) -> dict[str, str]:
     """Return the hashes of the files in the output folder, or of the file."""
     out = Path(folder)
-    files = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith((".", "README", CHECKSUMS))]
+    files = [
+        path
+        for path in out.rglob("*")
+        if path.is_file() and not path.name.startswith((".", "README", CHECKSUMS, SOURCES))
+    ]
     return {str(path): content_sha256(path) for path in files or [next(Path().glob(f"{folder}.*"))]}
 
 

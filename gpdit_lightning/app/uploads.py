@@ -90,6 +90,8 @@ def read_upload(
         for extension in (".png", ".mp4", ""):
             message = message.replace(str(file.with_suffix(extension)), name)
         raise InputError(message) from None
+    except OSError as error:  # such as a temporary folder that was emptied
+        raise InputError(f"{name} cannot be read ({error.strerror}): give it again.") from None
 
 
 def _is_image(file: Path) -> bool:

@@ -104,7 +104,7 @@ class Digests(NamedTuple):
         recorded = self.sources.get(file)
         if recorded is None or recorded == content_identity(video):
             return True
-        log.warning("%s has changed since its features were written: they are written again", video)
+        log.warning("%s has another content than %s records: its features are written again", video, self.sources.path)
         return False
 
     def complete(self, videos: Mapping[Path, Path]) -> None:

@@ -27,7 +27,9 @@ from PIL import Image
 from torch import Tensor
 
 from gpdit_lightning.app import jobs, server
+from gpdit_lightning.app.uploads import UploadLimits, read_upload
 from gpdit_lightning.cli import main
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.pipeline import GPDiTPipeline
 from gpdit_lightning.media.video import iterate_frames, video_info
 from gpdit_lightning.media.video_writer import write_video
@@ -423,3 +425,10 @@ def test_an_address_in_use_is_named(client: Client, tiny_model: Path, capsys: py
     assert main(["app", "--checkpoint", str(tiny_model), "--port", port]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: the page cannot be served at --host 127.0.0.1 --port {port} (")
+
+
+def test_an_upload_that_vanished_before_it_was_read_is_named(tmp_path: Path) -> None:
+    """As where temporary files are removed by age."""
+    unused: Any = None
+    with pytest.raises(InputError, match=r"^mine\.mp4 cannot be read \(No such file or directory\): give it again\.$"):
+        read_upload(tmp_path / "upload", "mine.mp4", unused, UploadLimits(1, 1.0))
