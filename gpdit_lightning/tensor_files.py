@@ -283,7 +283,12 @@ def npy_layout(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     formats = np.lib.format
     is_first = formats.read_magic(file) == (1, 0)
     read = formats.read_array_header_1_0 if is_first else formats.read_array_header_2_0
-    shape, _, dtype = read(file)
+    try:
+        shape, _, dtype = read(file)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of the parsers that NumPy calls: TokenError, IndexError, RecursionError
+        raise ValueError(f"its header cannot be read: {error}") from None
     return shape, dtype, file.tell()
 
 

@@ -161,6 +161,10 @@ def test_an_invalid_record_is_refused(tmp_path: Path, content: str, message: str
         FeatureRecord.load(tmp_path)
 
 
+def npy_with_header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
 def npy(values: Any, **options: Any) -> bytes:
     file = io.BytesIO()
     np.save(file, values, **options)
@@ -182,6 +186,7 @@ def npz() -> bytes:
         (npy(random_features().numpy()), r"float32 \(7, 8\), but float16"),
         (npy(random_features().half().numpy().T), r"\(8, 7\), but"),
         (npz(), "not a complete .npy"),
+        *((npy_with_header(text), "not a complete .npy") for text in ("{'descr': (", "{'descr': ('<f2',)}", "{[]: 1}")),
     ],
 )
 def test_a_damaged_file_is_refused_without_unpickling(tmp_path: Path, content: bytes, message: str) -> None:
