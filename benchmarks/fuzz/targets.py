@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,12 @@ def written_files(folder: str = OUT) -> dict[str, str]:
 
 
 def content_sha256(path: Path) -> str:
-    """Return a hash of a file; of safetensors, whose metadata have a random order, that of the tensors."""
+    """Return a hash of a file: of safetensors, whose metadata have a random order, that of the tensors; of JSON, that
+    of its values.
+    """
+    if path.suffix == ".json":
+        with suppress(ValueError):
+            return hashlib.sha256(json.dumps(json.loads(path.read_bytes()), sort_keys=True).encode()).hexdigest()
     return state_sha256(load_file(path)) if path.suffix == ".safetensors" else sha256_of(path)
 
 

@@ -97,7 +97,8 @@ class Weights:
         """Compare the tensors with the architecture, without reading them and without building the network.
 
         Raises:
-            InputError: a tensor is missing, unknown, of another shape or not of a floating-point type.
+            InputError: a tensor is missing, unknown, of another shape or not of a floating-point type, or of another
+                type than similar ones.
         """
         expected = {name: f"shape {shape}" for name, shape in shapes_of(self.config).items()}
         actual = {name: _shape_text(tensor) for name, tensor in self.tensors.items()}
@@ -111,6 +112,19 @@ class Weights:
         if not stored <= DTYPES and stored != {torch.float64}:
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in stored))
             raise InputError(f"{self.owner} has weights of {names}, which are not computed with: {EXPORT_AGAIN}.")
+        linear = {
+            name.rpartition(".")[0]
+            for name, tensor in self.tensors.items()
+            if name.startswith("blocks.") and len(tensor.shape) == 2
+        }
+        first = dict[bool, torch.dtype]()  # of the linear layers of blocks, which may have been cast, and of all else
+        for name, tensor in self.tensors.items():
+            expected_type = first.setdefault(name.rpartition(".")[0] in linear, tensor.dtype)
+            if tensor.dtype != expected_type:
+                raise InputError(
+                    f"{self.owner} has {name} of {tensor.dtype} where similar weights are of {expected_type}: "
+                    f"{EXPORT_AGAIN}."
+                )
 
     def read_all(self) -> dict[str, Tensor]:
         """Return all tensors; errors as of `read`."""

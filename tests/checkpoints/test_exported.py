@@ -512,3 +512,23 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder: Path, dtype: to
     write_checksums(folder)
     with pytest.raises(InputError, match=r"numbers in blocks\.1\.mlp_norm\.weight that are not finite"):
         GPDiT.from_pretrained(folder)
+
+
+def test_weights_of_mixed_types_are_refused_by_name(folder: Path) -> None:
+    """Those of the linear layers of blocks may have another type than all else, as after a cast for generation."""
+    tensors = load_file(folder / "model.safetensors")
+    linear = [name for name, tensor in tensors.items() if name.startswith("blocks.") and tensor.ndim == 2]
+    biases = [name.removesuffix("weight") + "bias" for name in linear]
+    cast = {name: tensor.half() if name in (*linear, *biases) else tensor for name, tensor in tensors.items()}
+
+    def load(weights: dict[str, torch.Tensor]) -> GPDiT:
+        save_file(weights, folder / "model.safetensors")
+        write_checksums(folder)
+        return GPDiT.from_pretrained(folder)
+
+    assert load(cast).blocks[0].query.weight.dtype == torch.float16
+    for mixed in (cast | {linear[-1]: tensors[linear[-1]]}, tensors | {"output.bias": tensors["output.bias"].half()}):
+        with pytest.raises(
+            InputError, match=r"of torch\.float\d\d where similar weights are of torch\.float\d\d: export"
+        ):
+            load(mixed)
