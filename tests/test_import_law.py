@@ -21,6 +21,7 @@ LEAVES = {
         "names",
         "progress",
         "randomness",
+        "recalled_files",
         "retries",
         "schema",
         "signals",

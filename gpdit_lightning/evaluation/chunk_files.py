@@ -12,8 +12,9 @@ from torch import Tensor
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.hashes import content_identity
+from gpdit_lightning.recalled_files import read_with_checksum, recalled, save_with_checksum
 from gpdit_lightning.schema import TEXT, Constraint, check, parse_json
-from gpdit_lightning.tensor_files import read_with_checksum, recalled, safetensors_header, save_with_checksum
+from gpdit_lightning.tensor_files import safetensors_header
 
 log = logging.getLogger(__name__)
 

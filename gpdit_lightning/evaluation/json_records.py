@@ -1,10 +1,10 @@
-"""Loading of dataclasses from JSON.
+"""Dataclasses as JSON files with a hash of their content.
 
-An unknown field, a value of another type, or the absence of a field without a default is an error.
+When one is read, an unknown field, a value of another type, or the absence of a field without a default is an error.
 """
 
 import json
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -12,9 +12,16 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import read_bounded
 from gpdit_lightning.retries import transient_error
-from gpdit_lightning.schema import MAX_JSON_BYTES
+from gpdit_lightning.schema import CONTENT_HASH, MAX_JSON_BYTES, check_content_hash, content_hash, parse_json
 
 Record = TypeVar("Record")
+
+
+def record_to_json(record: Any) -> str:
+    """Return a dataclass as JSON with a hash of its content; raises `ValueError` for NaN, which JSON lacks."""
+    content = asdict(record)
+    content[CONTENT_HASH] = content_hash(json.loads(json.dumps(content)))
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def load_record(record_type: type[Record], path: Path, remedy: str) -> Record:
@@ -26,7 +33,8 @@ def load_record(record_type: type[Record], path: Path, remedy: str) -> Record:
         remedy: what error messages advise.
 
     Raises:
-        InputError: the file is missing or does not contain such a record.
+        InputError: the file is missing, does not contain such a record, or has another content than its hash; those of
+            earlier versions have none.
     """
     try:
         text = read_bounded(path, MAX_JSON_BYTES).decode()
@@ -37,10 +45,10 @@ def load_record(record_type: type[Record], path: Path, remedy: str) -> Record:
 
 def record_from_json(record_type: type[Record], text: str, name: str, remedy: str) -> Record:
     """Parse a record from JSON. Errors refer to the text as `name`; the rest is as for :func:`load_record`."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} is not valid JSON ({error}): {remedy}.") from None
+    content = parse_json(text.encode("utf-8", "backslashreplace"), name, remedy)
+    if isinstance(content, dict):
+        check_content_hash(content, name, remedy)
+        content.pop(CONTENT_HASH, None)
     return convert(record_type, content, name, remedy)
 
 

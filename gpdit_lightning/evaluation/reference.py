@@ -25,15 +25,10 @@ from gpdit_lightning.evaluation.self_checks import SelfChecks
 from gpdit_lightning.files import BoundedReader, atomic_write
 from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.media.images import Size
+from gpdit_lightning.recalled_files import read_with_checksum, save_with_checksum
 from gpdit_lightning.retries import transient_error
 from gpdit_lightning.schema import OBJECT, SIZE, check, parse_json
-from gpdit_lightning.tensor_files import (
-    check_finite,
-    npy_layout,
-    read_with_checksum,
-    safetensors_header,
-    save_with_checksum,
-)
+from gpdit_lightning.tensor_files import check_finite, npy_layout, safetensors_header
 
 FILE = "reference.safetensors"
 RECORD = "gpdit_reference"  # key of the record in the metadata of the file

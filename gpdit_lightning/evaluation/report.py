@@ -1,16 +1,15 @@
 """The report of an evaluation: scores with everything they depend on, as dataclasses and as JSON."""
 
-import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, Self
 
 from gpdit_lightning.diffusion import Guidance, NoiseSchedule
-from gpdit_lightning.evaluation.json_records import load_record, record_from_json
+from gpdit_lightning.evaluation.json_records import load_record, record_from_json, record_to_json
 from gpdit_lightning.evaluation.metrics import mean_and_deviation
 from gpdit_lightning.evaluation.network_files import NetworkRecord
 from gpdit_lightning.evaluation.self_checks import SelfChecks
@@ -119,8 +118,8 @@ class Report:
     date: str = field(default_factory=lambda: date.today().isoformat())
 
     def to_json(self) -> str:
-        """Return the report as JSON; raises `ValueError` for NaN and infinity, which JSON lacks."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        """Return the report as JSON; errors as of `record_to_json`."""
+        return record_to_json(self)
 
     @classmethod
     def from_json(cls, text: str, name: str = "the report") -> Self:

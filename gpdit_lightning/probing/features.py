@@ -15,7 +15,6 @@ Shapes: F latent frames, N tokens per frame, D hidden width.
 
 import hashlib
 import io
-import json
 import logging
 import math
 import os
@@ -32,7 +31,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.json_records import load_record
+from gpdit_lightning.evaluation.json_records import load_record, record_to_json
 from gpdit_lightning.files import BoundedReader, atomic_write, open_regular, read_bounded, sha256_of
 from gpdit_lightning.media.video import natural_sort_key
 from gpdit_lightning.retries import transient_error
@@ -116,7 +115,7 @@ class FeatureRecord:
     def save(self, folder: str | Path) -> None:
         """Write `features.json`."""
         with atomic_write(Path(folder) / RECORD) as path:
-            path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+            path.write_text(record_to_json(self), encoding="utf-8", errors="backslashreplace")
 
     def check(self, expected: Mapping[str, Any], folder: str | Path) -> None:
         """Compare the record with expected values of some of its fields.

@@ -27,8 +27,8 @@ from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.progress import progress_bar
+from gpdit_lightning.recalled_files import read_with_checksum, recalled, save_with_checksum
 from gpdit_lightning.schema import COUNT, LIST, Constraint, check, parse_json
-from gpdit_lightning.tensor_files import read_with_checksum, recalled, save_with_checksum
 
 log = logging.getLogger(__name__)
 

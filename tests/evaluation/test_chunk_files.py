@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpdit_lightning import tensor_files
+from gpdit_lightning import recalled_files
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation import chunk_files
 from gpdit_lightning.evaluation.chunk_files import ChunkFiles, complete_chunks, source_identities, write_chunk
@@ -59,11 +59,11 @@ def test_a_damaged_file_is_no_complete_chunk(tmp_path: Path, kind: str, caplog: 
     for file in (path, intact, tmp_path / "000018.safetensors"):
         write_chunk(file, ["clip a"], {"truth/video": torch.ones(1, 9)}, SETTINGS)
     damage(path, kind)
-    tensor_files.log.addHandler(caplog.handler)
+    recalled_files.log.addHandler(caplog.handler)
     try:
         assert complete_chunks([path, intact, tmp_path / "000019.safetensors"], SETTINGS, {}) == {intact}
     finally:
-        tensor_files.log.removeHandler(caplog.handler)
+        recalled_files.log.removeHandler(caplog.handler)
     (message,) = set(caplog.messages)
     assert message.startswith(f"{path} is ")
     assert message.endswith(": it is computed again.")

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.metrics import Moments
 from gpdit_lightning.evaluation.reference import RECORD, AdmFile, Reference, ReferenceRecord
-from gpdit_lightning.tensor_files import CHECKSUM, read_safetensors, safetensors_header
+from gpdit_lightning.recalled_files import CHECKSUM
+from gpdit_lightning.tensor_files import read_safetensors, safetensors_header
 
 MEAN, COVARIANCE = np.zeros(3), np.eye(3)
 

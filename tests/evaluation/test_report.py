@@ -15,6 +15,7 @@ from gpdit_lightning.evaluation.network_files import NetworkRecord
 from gpdit_lightning.evaluation.report import Protocol, Report, Score, library_versions
 from gpdit_lightning.evaluation.report_text import paper_comparison, plot_self_checks, to_markdown, write_report
 from gpdit_lightning.evaluation.self_checks import check_distances
+from gpdit_lightning.schema import CONTENT_HASH
 
 RISING = ((8.0, 1.0), (16.0, 20.5))
 
@@ -91,6 +92,7 @@ def test_a_file_with_a_wrong_field_is_refused(
     report: Report, tmp_path: Path, field: tuple, value: object, message: str
 ) -> None:
     content = json.loads(report.to_json())
+    del content[CONTENT_HASH]  # as of an earlier version
     if value is None:
         del content[field[0]][field[1]]
     else:
@@ -101,11 +103,20 @@ def test_a_file_with_a_wrong_field_is_refused(
         Report.load(path)
 
 
+def test_an_edited_report_is_refused(report: Report, tmp_path: Path) -> None:
+    """Also where a table does not show the value, such as the warnings of an emptied list."""
+    path = tmp_path / "results.json"
+    for edited in ({"warnings": ["a", "b"]}, {"self_checks": {}}, {"date": "2025-06-02"}):
+        path.write_text(json.dumps(json.loads(report.to_json()) | edited))
+        with pytest.raises(InputError, match=r"results\.json records the hash .* damaged or edited"):
+            Report.load(path)
+
+
 def test_a_file_that_is_not_a_report_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     with pytest.raises(InputError, match=r"results.json cannot be read"):
         Report.load(path)
-    for text, message in (("{", "results.json is not valid JSON"), ("[]", r"results.json is \[\]")):
+    for text, message in (("{", "results.json is not readable JSON"), ("[]", r"results.json is \[\]")):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             Report.load(path)

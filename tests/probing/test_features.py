@@ -144,7 +144,7 @@ def test_unusable_folders_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is not valid JSON"),
+        ("{", "is not readable JSON"),
         ("[]", r"is \[\], which is not a value"),
         (json.dumps({"layer": 2}), "lacks the field 'architecture'"),
         (json.dumps({**asdict(RECORD), "layer": True}), "layer is True"),
