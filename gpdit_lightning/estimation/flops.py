@@ -111,7 +111,7 @@ def forward_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:
     }
     if config.time_conditioning != "rotation":
         widths = config.modulation_widths
-        values = config.layers * (3 if config.factorized else 2) * sum(widths) + sum(widths[:-1])
+        values = config.layers * config.num_branches * sum(widths) + sum(widths[:-1])
         of_block = FREQUENCIES * width + width**2 + width * values
         multiply_adds["modulation"] = rows * len(shape.blocks(config).noisy) * of_block
     return {part: 2 * count for part, count in multiply_adds.items()}

@@ -96,7 +96,7 @@ def _products_of_block(config: GPDiTConfig) -> int:
 
 def _modulation_values(config: GPDiTConfig) -> int:
     """Return the number of values that the embedding of theta gives a block: shifts or angles, scales and gates."""
-    return (3 if config.factorized else 2) * sum(config.modulation_widths)
+    return config.num_branches * sum(config.modulation_widths)
 
 
 def held_bytes(config: GPDiTConfig, strategy: ShardingStrategy, precision: BytesPerValue, ranks: int) -> dict[str, int]:
@@ -246,11 +246,10 @@ def _bytes_inside_block(config: GPDiTConfig, shape: PassShape, precision: BytesP
         stream += config.width * (within_frames + packed + queries)  # normed, which scales multiply
         products += config.width * (within_frames + 2 * queries)  # outputs of the branches, which gates multiply
         noisy_blocks = shape.draws * shape.clips * len(blocks.noisy)
-        branches = 3 if config.factorized else 2
         products += noisy_blocks * _modulation_values(config)
-        stream += noisy_blocks * branches * config.width  # 1 + scale
+        stream += noisy_blocks * config.num_branches * config.width  # 1 + scale
         if config.time_conditioning == "rotation_modulation":  # the scaled noisy tokens, and angles, cosines and sines
-            stream += branches * (config.width * noisy + noisy_blocks * 3 * (config.width // 2))
+            stream += config.num_branches * (config.width * noisy + noisy_blocks * 3 * (config.width // 2))
     # float32 numbers of the norms of keys and queries, and of attention
     rows = config.heads * (norms + queries + (packed if config.factorized else 0))
     return precision.product * products + STREAM_BYTES * stream + 4 * rows

@@ -81,7 +81,7 @@ class Block(Attention):
         self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = MLP(config.width, config.mlp_width)
         self.spatial = Attention(config) if config.factorized else None
-        self.num_branches = 3 if config.factorized else 2
+        self.num_branches = config.num_branches
         values = self.num_branches * sum(config.modulation_widths)
         self.modulation = nn.Linear(config.width, values) if values else None
 

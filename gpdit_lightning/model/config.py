@@ -261,6 +261,11 @@ class GPDiTConfig:
         return self.text_width > 0 or (self.classes > 0 and self.time_conditioning == "rotation")
 
     @property
+    def num_branches(self) -> int:
+        """Return the number of branches of a block of the transformer, which are its attentions and its MLP."""
+        return 3 if self.factorized else 2
+
+    @property
     def modulation_widths(self) -> tuple[int, ...]:
         """Return the widths of what the embedding of theta gives each branch; the last one, a gate, not to the output.
 

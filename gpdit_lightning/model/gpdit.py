@@ -381,8 +381,9 @@ class GPDiT(nn.Module):
             cached = cache.tokens_before(new_tokens)
             cache.begin_pass(len(new), new_tokens)
         of_pass = PassBlocks(layout, length, new, (block,), (cached[1] + new_tokens,), draws, cached)
-        given = (clean, clean_theta) if new_tokens else (None, None)
-        x, streams = self.embed(of_pass, given[0], noisy, theta[:, None], condition, given[1])
+        if not new_tokens:
+            clean = clean_theta = None
+        x, streams = self.embed(of_pass, clean, noisy, theta[:, None], condition, clean_theta)
         x = self._run_blocks(x, streams, cache=cache, run=run_compiled_block if compiled else run_block)
         if cache is not None:
             cache.end_pass()

@@ -196,7 +196,7 @@ class ClassificationStage(GPDiTStage):
         """
         if not self.classification.drop_path:
             return None
-        blocks, branches = self.config.layers, 3 if self.config.factorized else 2
+        blocks, branches = self.config.layers, self.config.num_branches
         noise = batch.noise.flatten(1)[:, : blocks * branches]
         if noise.shape[1] < blocks * branches:
             raise InputError(

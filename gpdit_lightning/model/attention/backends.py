@@ -16,7 +16,7 @@ from gpdit_lightning.imports import check_part, report_custom_errors, resolve, v
 from gpdit_lightning.model.attention.base import AttentionBackend, AttentionOperator, Sliced
 from gpdit_lightning.model.attention.flex import Flex
 from gpdit_lightning.model.attention.sdpa import Sdpa, sdpa
-from gpdit_lightning.model.attention.trial import TOLERANCES, failure, small_trial_kernel
+from gpdit_lightning.model.attention.trial import failure, small_trial_kernel, tolerance
 from gpdit_lightning.model.attention.xformers_backends import BlockDiagonalXformers, SlicedXformers
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def check_operator(
             compared["gradient"] = list(zip(of_sdpa, of_operator, strict=True))
     for what, pairs in compared.items():
         error = max(((actual - right).float().norm() / right.float().norm()).item() for right, actual in pairs)
-        if not error <= TOLERANCES.get(dtype, 1e-2):  # NaN included
+        if not error <= tolerance(dtype):  # NaN included
             fault = f"differs from SDPA's by {error:.1%}" if math.isfinite(error) else "is not finite"
             raise InputError(
                 f"attention_backend '{name}' has a {what} that {fault} in a trial call with {queries} queries and "

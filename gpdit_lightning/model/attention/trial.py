@@ -16,8 +16,6 @@ from gpdit_lightning.model.attention.kernels import kernels_of
 from gpdit_lightning.model.attention.plan import AttentionPlan, BlockSizes, plan_attention
 from gpdit_lightning.model.attention.sdpa import sdpa
 
-TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""Largest relative error (Frobenius norm) in a trial; that of other dtypes, 1e-2, allows TF32."""
 REFERENCE = Sliced(sdpa)
 SMALL_PLAN = plan_attention("of2", BlockSizes.of_frames(3, 8), clips=2, rows=3)
 """The plan of small trials: three frames of 8 tokens; two clips with context and one without."""
@@ -98,8 +96,13 @@ def check_backend(backend: AttentionBackend, plan: AttentionPlan, inputs: Inputs
         largest = torch.stack(errors).nan_to_num(torch.inf).max().item()
         if not math.isfinite(largest):
             raise BackendError(f"its {what} is not finite")
-        if largest > TOLERANCES.get(inputs.leaves[0].dtype, 1e-2):
+        if largest > tolerance(inputs.leaves[0].dtype):
             raise BackendError(f"its {what} differs from SDPA's by {largest:.1%}")
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the largest relative error (Frobenius norm) that a trial allows; that of float32 allows TF32."""
+    return 5e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-2
 
 
 def failure(
