@@ -185,6 +185,17 @@ def sample_strip(run: Path) -> None:
         shutil.copyfile(video.with_suffix(".png"), IMAGES / "generation_strip.png")
 
 
+def generate_long(run: Path) -> None:
+    """Generate a long video without a context, and keep frames of it as a strip."""
+    with tempfile.TemporaryDirectory() as folder:
+        video = Path(folder, "long.mp4")
+        run_verb(
+            *("sample", "--checkpoint", run / STAGE, "--frames=400", "--sinks=1", "--sampler=adams", "--steps=8"),
+            *("--seed=2", "--out", video),
+        )
+        shutil.copyfile(video.with_suffix(".png"), IMAGES / "generation_long.png")
+
+
 @contextlib.contextmanager
 def served(command: Sequence[str | Path], port: int) -> Iterator[str]:
     """Run a web server for the duration of the block; return its address when it responds."""
@@ -298,7 +309,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def selected(names: Sequence[str]) -> list[str]:
         return [name for name in names if any(re.search(pattern, name) for pattern in given.only)]
 
-    of_demo: dict[str, Callable[[Path], None]] = {"demo": copy_demo, "generation_strip": sample_strip}
+    of_demo: dict[str, Callable[[Path], None]] = {
+        "demo": copy_demo,
+        "generation_strip": sample_strip,
+        "generation_long": generate_long,
+    }
     screenshots = selected(list(TENSORBOARD)), selected(["app"])
     if (selected(list(of_demo)) or any(screenshots)) and not (run / "sample.gif").is_file():
         sys.exit(f"{run} is no finished demo: run `python -m gpdit_lightning demo`, or give --run.")

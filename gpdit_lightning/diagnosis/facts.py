@@ -7,6 +7,7 @@ from typing import Any
 
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.hashes import remembered_sha256
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.schema import COUNT, LIST, NUMBER_OR_NULL, OBJECT, TEXT, Constraint, check
 
@@ -14,7 +15,8 @@ from gpdit_lightning.schema import COUNT, LIST, NUMBER_OR_NULL, OBJECT, TEXT, Co
 KIND_OF_SOURCE = {"images": "image", "videos": "video", "sequences": "sequence"}
 SOURCE_OF_STAGE = {"ImageWarmupStage": "images", "LongVideoStage": "videos", "FewShotStage": "sequences"}
 
-STAGE, SIZE, LOSS, DATA, TRAINING, PREVIEW = "stage", "size", "loss", "data", "training", "preview"
+STAGE, SIZE, LOSS, DATA, TRAINING = "stage", "size", "loss", "data", "training"
+PREVIEW, SCORES = "preview", "scores"
 # Fields of the backbone, by the group of their facts; the others do not change curves.
 BACKBONE = {
     SIZE: ("layers", "width", "mlp_width", "heads", "patch_size"),
@@ -24,8 +26,9 @@ BACKBONE = {
 SOURCE = {LOSS: ("frames", "least_frames", "loss_frames", "frames_without_loss"), TRAINING: ("batch_size", "tokens")}
 OF_DATA = ("context_dropout", "noise_levels", "noise_draws", "context_noise")
 OF_OPTIMIZER = ("algorithm", "learning_rate", "decay", "warmup_steps", "weight_decay")
-ERROR_RATIO = "sample/rollout_error_ratio"  # of previews
-OF_PREVIEW = ("clips", "context_frames", "sampler", "sampler_steps")
+OF_GENERATION = ("clips", "context_frames", "sampler", "sampler_steps")
+# Curves of generated videos, with the group of their settings; not every run has them.
+GENERATION = {"sample/rollout_error_ratio": PREVIEW, "scores_vs_decoded/fvd": SCORES}
 
 Facts = dict[str, dict[str, Any]]
 
@@ -44,6 +47,7 @@ SCHEMA = {
         "initial_weights": TEXT,
     },
     PREVIEW: OBJECT,
+    SCORES: OBJECT,
 }
 
 
@@ -51,8 +55,8 @@ def facts_of(recipe: Mapping[str, Any], tags: Collection[str], name: str) -> Fac
     """Return the settings of a run that its curves depend on, as names and JSON values, in groups.
 
     The groups: `stage` and `loss` decide what the losses are means of, `data` describes the data, if they are found,
-    `size` and `training` decide how fast the losses fall, and `preview` belongs to the error ratio of previews, if the
-    run has it.
+    `size` and `training` decide how fast the losses fall, and `preview` and `scores` belong to the error ratio of
+    previews and to FVD, if the run has them.
 
     Args:
         recipe: the content of `config.yaml` in the run folder.
@@ -84,8 +88,11 @@ def facts_of(recipe: Mapping[str, Any], tags: Collection[str], name: str) -> Fac
             **{f"trainer.{field}": recipe["trainer"].get(field) for field in ("max_steps", "gradient_clip_val")},
             "initial_weights": "of another run" if options.get("initial_weights") else "random",
         }
-        has_previews = ERROR_RATIO in tags
-        facts[PREVIEW] = {f"preview.{field}": recipe["preview"].get(field) for field in OF_PREVIEW if has_previews}
+        facts |= {PREVIEW: {}, SCORES: {}}
+        for group in (GENERATION[tag] for tag in GENERATION if tag in tags):
+            facts[group] = {f"{group}.{field}": recipe[group].get(field) for field in OF_GENERATION}
+        if facts[SCORES]:
+            facts[SCORES]["scores.video_network"] = network_fact(recipe[SCORES]["video_network"])
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{name} is not the recipe of a run ({type(error).__name__}: {error}): give a run folder that `fit` has "
@@ -98,6 +105,14 @@ def facts_of(recipe: Mapping[str, Any], tags: Collection[str], name: str) -> Fac
 def plain(value: Any) -> Any:
     """Return a value as JSON has it: tuples as lists."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def network_fact(options: Mapping[str, Any]) -> str | None:
+    """Return what identifies the network of FVD; None if its file is not found on this machine."""
+    kind, path = options.get("kind") or "I3D", options.get("path")
+    with suppress(InputError, OSError):
+        return f"{kind} {remembered_sha256(Path(path))[:16]}" if path else str(kind)
+    return None
 
 
 def manifests_of(data: Mapping[str, Any], folders: str | list[str]) -> dict[str, Manifest]:

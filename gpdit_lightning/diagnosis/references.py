@@ -8,7 +8,7 @@ from typing import Any
 
 from gpdit_lightning.diagnosis import facts as run_facts
 from gpdit_lightning.diagnosis.curves import Curve, RunCurves
-from gpdit_lightning.diagnosis.facts import DATA, LOSS, PREVIEW, SIZE, STAGE, TRAINING, Facts
+from gpdit_lightning.diagnosis.facts import DATA, GENERATION, LOSS, SIZE, STAGE, TRAINING, Facts
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, read_bounded
 from gpdit_lightning.schema import COUNT, NUMBER, OBJECT, TEXT, check, parse_json
@@ -25,8 +25,7 @@ TAGS: dict[str, tuple[str, ...]] = {
     "loss/val": LEVELS,
     "train/grad_norm": LEVELS,
     "train/ema_distance": LEVELS,
-    "sample/rollout_error_ratio": (*LEVELS, PREVIEW),
-    "scores_vs_decoded/fvd": LEVELS,
+    **{tag: (*LEVELS, group) for tag, group in GENERATION.items()},
 }
 SCHEMA = {
     "format": COUNT,

@@ -75,8 +75,8 @@ def comparability(comparison: Comparison) -> list[str]:
         lines.append("The settings that determine the levels of curves are equal: levels can be compared.")
         if comparison.training:
             lines.append(f"Settings that determine how fast curves fall differ: {setting_texts(comparison.training)}.")
-        if comparison.previews:
-            lines.append(f"Error ratios of previews cannot be compared: {setting_texts(comparison.previews)}.")
+        for tag, settings in comparison.generation.items():
+            lines.append(f"{tag} cannot be compared: {setting_texts(settings)}.")
     else:
         lines += [
             f"Levels cannot be compared: {setting_texts(comparison.differences)}.",

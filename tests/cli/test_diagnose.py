@@ -58,7 +58,11 @@ HEALTHY: dict[str, Value] = {
     "train/ema_distance": fall(0.0, 0.05),
     "system/data_wait": fall(0.02, 0.02),
 }
-SPARSE: dict[str, Value] = {"loss/val": fall(1.2, 0.6), "sample/rollout_error_ratio": fall(3.0, 0.4)}
+SPARSE: dict[str, Value] = {
+    "loss/val": fall(1.2, 0.6),
+    "sample/rollout_error_ratio": fall(3.0, 0.4),
+    "scores_vs_decoded/fvd": fall(3000, 800),
+}
 EVENTS = ("warnings/spikes", "warnings/skipped_steps", "warnings/damaged_samples")
 
 
@@ -82,6 +86,7 @@ def recipe(data: Path, **changed: Any) -> dict[str, Any]:
         "trainer": {"max_steps": STEPS, "gradient_clip_val": 1.0},
         "ema": {"decay": 0.99},
         "preview": {"clips": 4, "context_frames": 2, "sampler": "rotation", "sampler_steps": 25},
+        "scores": {"clips": 64, "context_frames": 2, "sampler": "rotation", "sampler_steps": 25, "video_network": {}},
         **changed,
     }
 
@@ -195,6 +200,7 @@ def reference(tiny_shards: Path) -> Reference:
         ("train/ema_distance", lambda part: 0.2, "averaged-weights-lag-behind"),
         ("system/data_wait", lambda part: 0.4, "slow-data"),
         ("sample/rollout_error_ratio", lambda part: 1.3, "error-ratio-of-previews-above-1"),
+        ("scores_vs_decoded/fvd", lambda part: 2500, "error-ratio-of-previews-above-1"),
     ],
 )
 def test_a_fault_is_found_and_its_section_exists(tag: str, value: Value, heading: str, reference: Reference) -> None:
@@ -225,6 +231,25 @@ def test_of_a_run_of_another_size_the_falls_are_compared(tag: str, reference: Re
     assert q4.value == pytest.approx(HEALTHY["train/loss_q4"](0.95) / 1.38, rel=0.05)  # relative to its start
     flat = compare(curves_of(slower | {tag: lambda part: 2.0}, 2 * STEPS), facts, reference)
     assert [finding.heading for finding in flat.findings] == ["loss-plateaus-at-1"]
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "tag"),
+    [
+        ("preview", "context_frames", "sample/rollout_error_ratio"),
+        ("scores", "sampler_steps", "scores_vs_decoded/fvd"),
+        ("scores", "video_network", "scores_vs_decoded/fvd"),
+    ],
+)
+def test_curves_of_generated_videos_are_compared_if_they_were_generated_and_measured_alike(
+    group: str, name: str, tag: str, reference: Reference, tiny_shards: Path
+) -> None:
+    settings, run = recipe(tiny_shards), curves_of({})
+    settings[group][name] = {"kind": "my.Network"} if name == "video_network" else 7
+    comparison = compare(run, facts_of(settings, run.curves, "config.yaml"), reference)
+    assert comparison.has_levels
+    assert set(SPARSE) - {row.tag for row in comparison.rows} == {tag}
+    assert f"{tag} cannot be compared: {group}.{name} is " in report("run", run, comparison)
 
 
 def test_a_tag_whose_points_were_all_purged_is_no_curve(
