@@ -18,7 +18,7 @@ import tempfile
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,10 @@ from tests.app.browser import Page, find_chromium, open_page
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 STAGE = "stage3_long_video"
+STRIPS = {  # videos that the demo continues, with options of `sample`
+    "generation_strip": ("digit_0003", "--context_frames=9", "--frames=12", "--sampler=adams", "--steps=8"),
+    "generation_long": ("digit_0004", "--frames=60", "--steps=2"),
+}
 STARTS_WITHIN = 120.0  # seconds, of TensorBoard and `app`
 DRAWN_WITHIN = 60.0  # seconds, of the cards of TensorBoard
 COLOURS = 128  # of a screenshot, which has few; it is a third as large
@@ -174,26 +178,13 @@ def copy_demo(run: Path) -> None:
     shutil.copyfile(run / "sample.gif", IMAGES / "demo.gif")
 
 
-def sample_strip(run: Path) -> None:
-    """Continue a held-out video of the demo, and keep the strip beside the mp4."""
+def sample_strip(run: Path, name: str, video: str, *options: str) -> None:
+    """Continue a held-out video of the demo, and keep the strip beside the mp4 as a figure."""
     with tempfile.TemporaryDirectory() as folder:
-        video = Path(folder, "strip.mp4")
-        run_verb(
-            *("sample", "--checkpoint", run / STAGE, "--context", run / "movies/held_out/digit_0003.mp4"),
-            *("--start=0", "--context_frames=9", "--frames=12", "--sampler=adams", "--steps=8", "--out", video),
-        )
-        shutil.copyfile(video.with_suffix(".png"), IMAGES / "generation_strip.png")
-
-
-def generate_long(run: Path) -> None:
-    """Generate a long video without a context, and keep frames of it as a strip."""
-    with tempfile.TemporaryDirectory() as folder:
-        video = Path(folder, "long.mp4")
-        run_verb(
-            *("sample", "--checkpoint", run / STAGE, "--frames=400", "--sinks=1", "--sampler=adams", "--steps=8"),
-            *("--seed=2", "--out", video),
-        )
-        shutil.copyfile(video.with_suffix(".png"), IMAGES / "generation_long.png")
+        out = Path(folder, "out.mp4")
+        context = run / "movies/held_out" / f"{video}.mp4"
+        run_verb("sample", "--checkpoint", run / STAGE, "--context", context, "--start=0", *options, "--out", out)
+        shutil.copyfile(out.with_suffix(".png"), IMAGES / f"{name}.png")
 
 
 @contextlib.contextmanager
@@ -309,13 +300,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def selected(names: Sequence[str]) -> list[str]:
         return [name for name in names if any(re.search(pattern, name) for pattern in given.only)]
 
-    of_demo: dict[str, Callable[[Path], None]] = {
-        "demo": copy_demo,
-        "generation_strip": sample_strip,
-        "generation_long": generate_long,
-    }
+    of_demo = selected(["demo", *STRIPS])
     screenshots = selected(list(TENSORBOARD)), selected(["app"])
-    if (selected(list(of_demo)) or any(screenshots)) and not (run / "sample.gif").is_file():
+    if (of_demo or any(screenshots)) and not (run / "sample.gif").is_file():
         sys.exit(f"{run} is no finished demo: run `python -m gpdit_lightning demo`, or give --run.")
     if any(screenshots) and not (chromium := find_chromium()):
         sys.exit("there is no Chromium or Chrome: install one, or leave out the screenshots with --only.")
@@ -324,8 +311,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     drawn = {"architecture": draw_architecture, "scaling": draw_scaling}
     for name in selected(list(drawn)):
         drawn[name]()
-    for name in selected(list(of_demo)):
-        of_demo[name](run)
+    for name in of_demo:
+        if name in STRIPS:
+            sample_strip(run, name, *STRIPS[name])
+        else:
+            copy_demo(run)
     if screenshots[0]:
         show_training(str(chromium), run, screenshots[0])
     if screenshots[1]:

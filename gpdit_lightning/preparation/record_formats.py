@@ -77,7 +77,9 @@ class PartResult:
             used=content["used"],
             labels=tuple(content["labels"]),
             skipped=tuple(left_out(entry, name) for entry in content["skipped"]),
-            notes=tuple(left_out(entry, name) for entry in content.get("notes", ())),
+            notes=tuple(
+                left_out(entry, name) for entry in check(content.get("notes", []), LIST, "notes", name, COPY_AGAIN)
+            ),
             without_samples=tuple(content["lost"]),
         )
 
