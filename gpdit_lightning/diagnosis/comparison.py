@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gpdit_lightning.diagnosis.curves import RunCurves, thinned
-from gpdit_lightning.diagnosis.facts import GENERATION, LOSS, TRAINING, Facts
+from gpdit_lightning.diagnosis.facts import ERROR_RATIO, GENERATION, LOSS, TRAINING, Facts
 from gpdit_lightning.diagnosis.references import LEVELS, TAGS, Reference, differences
 
 PAGE = "docs/troubleshooting.md"
@@ -161,7 +161,7 @@ def level_finding(row: Row, run: RunCurves) -> Finding | None:
     headings = {
         ("train/grad_norm", "above"): "large-gradients",
         ("train/ema_distance", "above"): "averaged-weights-lag-behind",
-        ("sample/rollout_error_ratio", "above"): "error-ratio-of-previews-above-1",
+        (ERROR_RATIO, "above"): "error-ratio-of-previews-above-1",
         ("scores_vs_decoded/fvd", "above"): "error-ratio-of-previews-above-1",
     }
     if "loss" in row.tag:
@@ -235,11 +235,11 @@ def checks(run: RunCurves, facts: Facts, compared: Container[str]) -> Iterator[F
     waits = run.curves.get("system/data_wait")
     if waits is not None and (waiting := mean(waits.recent(waits.steps[-1]))) > MOST_WAITING:
         yield Finding(f"training waits for data {waiting:.0%} of the time (system/data_wait)", "slow-data")
-    ratios = run.curves.get("sample/rollout_error_ratio")
-    known = ratios is None or "sample/rollout_error_ratio" in compared
+    ratios = run.curves.get(ERROR_RATIO)
+    known = ratios is None or ERROR_RATIO in compared
     if ratios is not None and not known and len(ratios.finite) > 1 and (last := ratios.finite[-1][1]) > 1:
         yield Finding(
-            f"sample/rollout_error_ratio is {last:.3g} at step {ratios.steps[-1]}, so continuations are no better than "
+            f"{ERROR_RATIO} is {last:.3g} at step {ratios.steps[-1]}, so continuations are no better than "
             "repeating the last frame, which is normal at first",
             "error-ratio-of-previews-above-1",
         )

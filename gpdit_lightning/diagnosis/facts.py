@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.source import KINDS
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.hashes import remembered_sha256
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.schema import COUNT, LIST, NUMBER_OR_NULL, OBJECT, TEXT, Constraint, check
 
-# The kinds of samples of a source, by its name, and the one source of stages that have one.
-KIND_OF_SOURCE = {"images": "image", "videos": "video", "sequences": "sequence"}
+# The source of stages that have one only.
 SOURCE_OF_STAGE = {"ImageWarmupStage": "images", "LongVideoStage": "videos", "FewShotStage": "sequences"}
 
 STAGE, SIZE, LOSS, DATA, TRAINING = "stage", "size", "loss", "data", "training"
@@ -27,8 +27,9 @@ SOURCE = {LOSS: ("frames", "least_frames", "loss_frames", "frames_without_loss")
 OF_DATA = ("context_dropout", "noise_levels", "noise_draws", "context_noise")
 OF_OPTIMIZER = ("algorithm", "learning_rate", "decay", "warmup_steps", "weight_decay")
 OF_GENERATION = ("clips", "context_frames", "sampler", "sampler_steps")
+ERROR_RATIO = "sample/rollout_error_ratio"  # of previews
 # Curves of generated videos, with the group of their settings; not every run has them.
-GENERATION = {"sample/rollout_error_ratio": PREVIEW, "scores_vs_decoded/fvd": SCORES}
+GENERATION = {ERROR_RATIO: PREVIEW, "scores_vs_decoded/fvd": SCORES}
 
 Facts = dict[str, dict[str, Any]]
 
@@ -123,7 +124,7 @@ def manifests_of(data: Mapping[str, Any], folders: str | list[str]) -> dict[str,
         folders: `data_dir` of the recipe.
     """
     paths = [folders] if isinstance(folders, str) else list(folders)
-    paths += [path for source in KIND_OF_SOURCE for path in data[source]["manifests"] or []]
+    paths += [path for source in KINDS for path in data[source]["manifests"] or []]
     found = {}
     for path in map(str, paths):
         if "://" not in path:  # on this machine
@@ -137,12 +138,12 @@ def sources_of(data: Mapping[str, Any], stage: str, tags: Collection[str], manif
 
     Several sources have a curve each. Otherwise it is the one that the recipe or the stage names, or the data have.
     """
-    several = [name for name in KIND_OF_SOURCE if f"train/loss_{name}" in tags]
+    several = [name for name in KINDS if f"train/loss_{name}" in tags]
     kinds = {shard.kind for manifest in manifests for shard in manifest.shards}
     named = list(data.get("sources") or [])
-    with_manifests = [name for name in KIND_OF_SOURCE if data[name]["manifests"]]
+    with_manifests = [name for name in KINDS if data[name]["manifests"]]
     of_stage = [SOURCE_OF_STAGE[stage]] if stage in SOURCE_OF_STAGE else []
-    of_data = [name for name, kind in KIND_OF_SOURCE.items() if kind in kinds]
+    of_data = [name for name, kind in KINDS.items() if kind in kinds]
     return several or named or of_stage or with_manifests or of_data
 
 
@@ -154,10 +155,7 @@ def data_facts(source: str, manifests: Mapping[str, Manifest], data: Mapping[str
     own = data[source]["manifests"]
     used = [manifest for path, manifest in manifests.items() if not own or path in map(str, own)]
     shards = [
-        (manifest, shard)
-        for manifest in used
-        for shard in manifest.of_split("train")
-        if shard.kind == KIND_OF_SOURCE[source]
+        (manifest, shard) for manifest in used for shard in manifest.of_split("train") if shard.kind == KINDS[source]
     ]
     first = shards[0][0] if shards else None
     mean, std = (

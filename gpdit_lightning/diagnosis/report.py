@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpdit_lightning.diagnosis.comparison import PAGE, QUARTILES, TOLERANCE, Comparison
 from gpdit_lightning.diagnosis.curves import RECENT, RunCurves, thinned
+from gpdit_lightning.diagnosis.facts import ERROR_RATIO
 from gpdit_lightning.diagnosis.references import Reference
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.names import counted, printable
@@ -25,7 +26,7 @@ PANELS = (
     *((f"{tag}, val/loss_q{tag[-1]}", tag, f"val/loss_q{tag[-1]}") for tag in QUARTILES),
     ("loss/val", "loss/val", ""),
     ("train/grad_norm", "train/grad_norm", ""),
-    ("sample/rollout_error_ratio", "sample/rollout_error_ratio", ""),
+    (ERROR_RATIO, ERROR_RATIO, ""),
     ("scores_vs_decoded/fvd", "scores_vs_decoded/fvd", ""),
 )
 
@@ -142,7 +143,7 @@ def draw_panel(axes: "Axes", run: RunCurves, reference: Reference | None, tag: s
         if name in run.curves:
             curve = run.curves[name]
             axes.plot(curve.steps, curve.values, style, color=colour, linewidth=1.2, markersize=3, label=label)
-    if tag == "sample/rollout_error_ratio":
+    if tag == ERROR_RATIO:
         axes.axhline(1, color="grey", linestyle="--", linewidth=0.8)
     if tag in LOGARITHMIC:
         axes.set_yscale("log")

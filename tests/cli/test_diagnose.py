@@ -118,6 +118,9 @@ def write_run(
             if tag not in SPARSE or step % 50 == 0:
                 writer.add_scalar(tag, value(step / STEPS), step)
     writer.close()
+    # Named by the second and a counter, whose digits do not sort the files of one second.
+    (events,) = folder.glob(f"events.*.{first}")
+    events.rename(folder / f"events.out.tfevents.{first:010}.{first}")
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(settings)))
     return folder
 
