@@ -16,10 +16,11 @@ from gpdit_lightning.evaluation.metrics import Moments, bias_warning, inception_
 from gpdit_lightning.evaluation.reference import Reference, ReferenceRecord, manifold_of
 from gpdit_lightning.evaluation.report import Protocol, Report, Score
 from gpdit_lightning.evaluation.scores import (
-    CHECKED_QUANTITIES,
     DISTANCES_PER_CHECK,
     IS_SPLITS,
+    MIN_FOR_PRECISION,
     NEIGHBOURS,
+    QUANTITIES,
     REFERENCES,
     all_values,
     assign_halves,
@@ -34,8 +35,6 @@ from gpdit_lightning.names import SCORE_NAMES, counted
 from gpdit_lightning.progress import progress_bar
 
 HALVES = "half of the truth"  # name in JSON of one half of the real data against the other
-QUANTITIES = {"fvd": "video", "fid": "image"}  # features of each Frechet distance
-MIN_FOR_PRECISION = 1000  # samples; with fewer, the report warns about precision and recall
 
 
 def make_reference(
@@ -99,12 +98,17 @@ def scores_of_variant(
             scores[name] = reference.moments[quantity].distance(Moments.of(rows_of(files, variant, quantity)))
             on_distance()
     if files.has(variant, "classes"):
-        probabilities = all_values(files, variant, "classes").flatten(0, 1)
-        scores["is"] = inception_score(probabilities, min(IS_SPLITS, len(probabilities)))[0]
+        scores["is"] = inception_score_of_frames(files, variant)
     for quantity, real in reference.manifold.items():
         if files.has(variant, quantity):
             scores |= precision_and_recall(real.to(device), all_values(files, variant, quantity))
     return scores
+
+
+def inception_score_of_frames(files: ChunkFiles, variant: str) -> float:
+    """Return the IS of all frames of a variant: the mean over splits, of which there are at most `IS_SPLITS`."""
+    probabilities = all_values(files, variant, "classes").flatten(0, 1)
+    return inception_score(probabilities, min(IS_SPLITS, len(probabilities)))[0]
 
 
 def precision_and_recall(real: Tensor, generated: Tensor) -> dict[str, float]:
@@ -130,8 +134,7 @@ def scores_of_halves(files: ChunkFiles, medium: Medium, device: str | torch.devi
             halves = [Moments.of(concatenate_parts(half_of_ground_truth(files, quantity, half))) for half in (0, 1)]
             scores[name] = halves[0].distance(halves[1])
     if files.has(GROUND_TRUTH, "classes"):
-        probabilities = all_values(files, GROUND_TRUTH, "classes").flatten(0, 1)
-        scores["is"] = inception_score(probabilities, min(IS_SPLITS, len(probabilities)))[0]
+        scores["is"] = inception_score_of_frames(files, GROUND_TRUTH)
     if files.has(GROUND_TRUTH, medium):
         first, second = (manifold_of(half_of_ground_truth(files, medium, half)) for half in (0, 1))
         scores |= precision_and_recall(first.to(device), second)
@@ -174,7 +177,7 @@ def make_sample_report(
             name: {score: Score.of([value]) for score, value in scores.items()} for name, scores in references.items()
         },
         self_checks={
-            name: checks for name, checks in record.self_checks.items() if files.has(seeds[0], CHECKED_QUANTITIES[name])
+            name: checks for name, checks in record.self_checks.items() if files.has(seeds[0], QUANTITIES[name])
         },
         warnings=tuple(sample_warnings(files, reference, protocol, unreadable)),
     )
