@@ -16,8 +16,9 @@ from gpdit_lightning.evaluation.network_files import NetworkRecord, missing_scor
 from gpdit_lightning.evaluation.networks import load_image_network, load_video_network
 from gpdit_lightning.evaluation.report import Protocol, library_versions
 from gpdit_lightning.generation.pipeline import GPDiTPipeline
-from gpdit_lightning.generation.plans import block_window, latent_frames
+from gpdit_lightning.generation.plans import block_window
 from gpdit_lightning.generation.settings import check_context_frames, layout_of, trained_size
+from gpdit_lightning.generation.video import num_latent_frames
 from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.evaluate import EvaluateOptions
@@ -169,7 +170,7 @@ def selected_window(options: EvaluateOptions, pipeline: GPDiTPipeline, frames: i
     """
     trained, codec = pipeline.trained, pipeline.codec
     layout, in_training = layout_of(trained, codec), trained.geometry.frames
-    window, sinks = block_window(layout, in_training, latent_frames(frames, codec), options.window)
+    window, sinks = block_window(layout, in_training, num_latent_frames(codec, 0, frames), options.window)
     most = max(1, layout.last_group(in_training).start)
     if window is not None and window > most:
         log.warning(

@@ -36,6 +36,7 @@ from gpdit_lightning.data.selection import (
 from gpdit_lightning.data.shard_entry import Split
 from gpdit_lightning.data.source import KINDS, SourceConfig, SourceName
 from gpdit_lightning.data.source_manifests import (
+    all_manifests,
     any_has,
     any_remote,
     check_kinds,
@@ -163,7 +164,7 @@ class LatentDataModule(LightningDataModule):
         self.manifests = load_manifests(self.configs)
         self._log_selection(configs, allowed, selection.left_out)
         check_kinds(self.manifests)
-        self.codec = common_codec(self.manifests)
+        self.codec = common_codec(all_manifests(self.manifests))
         self.classes = class_names(self.manifests) if labels else ()
         self.cache = cache.open() if any_remote(self.manifests) else None
         self._has_posterior = any_has("posterior", self.manifests, required=posterior == "sample")

@@ -1,6 +1,6 @@
 """The manifests of a run by source, and what the run takes from all of them: codec, classes, contents of shards."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +27,11 @@ def load_manifests(configs: Mapping[str, SourceConfig]) -> dict[str, list[Manife
     return {name: [loaded[path] for path in config.manifests] for name, config in configs.items()}
 
 
+def all_manifests(manifests: SourceManifests) -> Iterator[Manifest]:
+    """Return the manifests of all sources; one that several sources name appears for each of them."""
+    return (manifest for of_source in manifests.values() for manifest in of_source)
+
+
 def check_kinds(manifests: SourceManifests) -> None:
     """Raise `InputError` for a manifest that has samples, but none of the kind of its source."""
     for name, of_source in manifests.items():
@@ -40,13 +45,13 @@ def check_kinds(manifests: SourceManifests) -> None:
                 )
 
 
-def common_codec(manifests: SourceManifests) -> CodecSpec:
+def common_codec(manifests: Iterable[Manifest]) -> CodecSpec:
     """Return the codec of all manifests.
 
     Raises:
         InputError: two of them have different codecs.
     """
-    first, *others = _all(manifests)
+    first, *others = manifests
     for other in others:
         first.codec.check_same(other.codec, str(first.path), str(other.path), "prepare both with the same codec")
     return first.codec
@@ -58,18 +63,19 @@ def class_names(manifests: SourceManifests) -> tuple[str, ...]:
     Raises:
         InputError: there is none.
     """
-    classes = tuple(dict.fromkeys(name for manifest in _all(manifests) for name in manifest.labels))
+    listed = list(all_manifests(manifests))
+    classes = tuple(dict.fromkeys(name for manifest in listed for name in manifest.labels))
     if not classes:
         raise InputError(
-            f"data.labels is true, but no manifest lists labels (such as {next(_all(manifests)).path}): prepare "
-            "the data with --labels or --annotations, or set data.labels to false."
+            f"data.labels is true, but no manifest lists labels (such as {listed[0].path}): prepare the data "
+            "with --labels or --annotations, or set data.labels to false."
         )
     return classes
 
 
 def any_remote(manifests: SourceManifests) -> bool:
     """Return whether the shards of any manifest are on another machine."""
-    return any(not isinstance(manifest.directory, Path) for manifest in _all(manifests))
+    return any(not isinstance(manifest.directory, Path) for manifest in all_manifests(manifests))
 
 
 def any_has(option: Literal["posterior", "flips"], manifests: SourceManifests, required: bool) -> bool:
@@ -98,7 +104,3 @@ def any_has(option: Literal["posterior", "flips"], manifests: SourceManifests, r
                 f"prepare the data again with it, or set data.{option} to {off}."
             )
     return any(getattr(entry, f"has_{option}") for _, entry in shards)
-
-
-def _all(manifests: SourceManifests) -> Iterator[Manifest]:
-    return (manifest for of_source in manifests.values() for manifest in of_source)

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +15,7 @@ from gpdit_lightning.generation.config import GenerationConfig
 from gpdit_lightning.generation.context_readers import read_contexts
 from gpdit_lightning.generation.contexts import DEFAULT_FPS, ContextSettings, VideoContext, folder_name, unique_names
 from gpdit_lightning.generation.settings import check_context_frames, layout_of, trained_sizes
+from gpdit_lightning.generation.video import num_latent_frames
 from gpdit_lightning.model import NO_LABEL
 from gpdit_lightning.model.layout import BlockLayout
 from gpdit_lightning.names import counted, nearest_names, number_in
@@ -281,7 +281,7 @@ def rollout_window(
     Raises:
         InputError: window or sinks do not consist of blocks of the model, or without a cache the window is too short.
     """
-    layout, frames = layout_of(trained, codec), latent_frames(longest, codec)
+    layout, frames = layout_of(trained, codec), num_latent_frames(codec, 0, longest)
     window, sinks = block_window(layout, trained.geometry.frames, frames, options.window, options.sinks)
     if window is None:
         return None, sinks
@@ -305,7 +305,7 @@ def rollout_window(
 def _warn_of_short_contexts(clips: Sequence[Clip], trained: TrainedModel, codec: Codec) -> None:
     """Log a warning if a video begins with latent frames that had no loss in the last training of the model."""
     shortest = min(len(clip.context.pixels) for clip in clips)
-    given = latent_frames(shortest, codec) if shortest else 0
+    given = num_latent_frames(codec, 0, shortest)
     if given < trained.frames_without_loss:
         log.warning(
             "warning: %d latent frames are given, but the first %d of each video had no loss in training "
@@ -314,11 +314,6 @@ def _warn_of_short_contexts(clips: Sequence[Clip], trained: TrainedModel, codec:
             trained.frames_without_loss,
             codec.pixel_frames(trained.frames_without_loss),
         )
-
-
-def latent_frames(pixel_frames: int, codec: Codec) -> int:
-    """Return the latent frames of a video of at least `pixel_frames`, which are at least 1."""
-    return 1 + math.ceil((pixel_frames - 1) / codec.temporal_factor)
 
 
 def block_window(

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gpdit_lightning.data.selection import load_data_dir
+from gpdit_lightning.data.source_manifests import common_codec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.prepared import LatentShape, count_samples
 from gpdit_lightning.specs import CodecSpec
@@ -42,9 +43,7 @@ class TrainingData:
         """
         loaded = load_data_dir(folders, PLANNED)
         manifests = list(loaded.values())
-        first, *others = manifests
-        for other in others:
-            first.codec.check_same(other.codec, str(first.path), str(other.path), "prepare both with the same codec")
+        codec = common_codec(manifests)
         samples = {name: count_samples(name, manifests, "train") for name in PLANNED}
         samples = {name: shapes for name, shapes in samples.items() if shapes}
         train = [shard for manifest in manifests for shard in manifest.of_split("train") if shard.kind != "sequence"]
@@ -60,7 +59,7 @@ class TrainingData:
             raise InputError(f"{listed} contains no images or videos for training: {cure}.")
         return cls(
             folders=tuple(loaded),
-            codec=first.codec,
+            codec=codec,
             samples=samples,
             held_out={name: count_samples(name, manifests, "validation") for name in samples},
             recordings=sum(manifest.validation.get("train_sources", 0) for manifest in manifests),
