@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn import functional
 
 from gpdit_lightning.data.batches import LatentBatch
@@ -23,6 +23,7 @@ from gpdit_lightning.training.callbacks.previews import Preview
 from gpdit_lightning.training.callbacks.scores import Scores
 from gpdit_lightning.training.float8 import convert_to_float8
 from gpdit_lightning.training.optimizer import OptimizerConfig
+from gpdit_lightning.training.reduction import of_all_ranks
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,7 @@ class PredictionsOfRank:
             torch.cat(self.labels).cpu() if self.labels else empty,
             torch.cat(self.top).cpu() if self.top else empty[:, None],
         )
-        ranks: list[Any] = [mine]
-        if distributed.is_available() and distributed.is_initialized():
-            ranks = [None] * distributed.get_world_size()
-            distributed.all_gather_object(ranks, mine)
-        sources, labels, top = zip(*(rank for rank in ranks if rank[0]), strict=True)
+        sources, labels, top = zip(*(rank for rank in of_all_ranks(mine) if rank[0]), strict=True)
         return Predictions(step, [name for names in sources for name in names], torch.cat(labels), torch.cat(top))
 
 
@@ -167,7 +164,9 @@ class ClassificationStage(GPDiTStage):
         """Compute the cross-entropy of a batch without regularization, as in validation."""
         return self._loss(self.backbone(batch.latents), batch)
 
-    def _loss(self, scores: Tensor, batch: LatentBatch, mixing: Mixing | None = None, smoothing: float = 0) -> Any:
+    def _loss(
+        self, scores: Tensor, batch: LatentBatch, mixing: Mixing | None = None, smoothing: float = 0
+    ) -> DenoisingLoss:
         """Return the cross-entropy of the scores (B, classes), with one part in place of the quartiles."""
         assert batch.labels is not None
         per_clip = functional.cross_entropy(scores, batch.labels, reduction="none", label_smoothing=smoothing)

@@ -1,10 +1,24 @@
-"""Reductions over ranks in every optimizer step, for which the host does not wait; Lightning's begin with a barrier."""
+"""Reductions over ranks in every optimizer step, for which the host does not wait; Lightning's begin with a barrier.
+
+`of_all_ranks`, for which the host waits, is for what is rare.
+"""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, distributed
+
+T = TypeVar("T")
+
+
+def of_all_ranks(item: T) -> list[T]:
+    """Return the item of every rank, in the order of the ranks; tensors must be on the CPU."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [item]
+    items: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(items, item)
+    return items
 
 
 def reduce_over_ranks(tensor: Tensor, operation: Literal["sum", "max"]) -> Tensor:

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from typing import Any, TypeVar
+from itertools import chain
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -12,12 +13,11 @@ from torch.optim import Optimizer
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.training.loggers import log_text
-from gpdit_lightning.training.reduction import reduce_over_ranks
+from gpdit_lightning.training.reduction import of_all_ranks, reduce_over_ranks
 from gpdit_lightning.training.strategies.sharding import sharded_strategy_of
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
 # The number of samples that a message lists.
 MAX_NON_FINITE, MAX_SPIKING, MAX_DAMAGED = 16, 4, 4
@@ -152,7 +152,7 @@ class Health(Callback):
         self._clips, self._measured = [], False
 
     def _count_damaged(self, trainer: Trainer) -> None:
-        distinct = dict.fromkeys([*self.damaged, *_gather(trainer, self._newly_damaged)])
+        distinct = dict.fromkeys(chain(self.damaged, *of_all_ranks(self._newly_damaged)))
         self.damaged, self._newly_damaged = list(distinct), []
         amount, most = len(self.damaged), self.max_damaged_samples
         if amount > most:
@@ -171,7 +171,7 @@ class Health(Callback):
     def _count_skip(self, trainer: Trainer) -> None:
         self.skipped_steps += 1
         self._consecutive_skips += 1
-        losses = self._losses_by_key(trainer)
+        losses = self._losses_by_key()
         not_finite = [key for key, loss in losses if not math.isfinite(loss)]
         keys = list(dict.fromkeys(not_finite or [key for key, _ in losses]))
         samples = ", ".join(keys[:MAX_NON_FINITE]) + (" ..." if len(keys) > MAX_NON_FINITE else "")
@@ -197,7 +197,7 @@ class Health(Callback):
     def _log_spike(self, trainer: Trainer) -> None:
         self.spikes += 1
         largest: dict[str, float] = {}
-        for key, loss in sorted(self._losses_by_key(trainer), key=lambda pair: pair[1], reverse=True):
+        for key, loss in sorted(self._losses_by_key(), key=lambda pair: pair[1], reverse=True):
             largest.setdefault(key, loss)
         samples = ", ".join(f"{key} ({loss:.4g})" for key, loss in list(largest.items())[:MAX_SPIKING])
         message = (
@@ -208,16 +208,16 @@ class Health(Callback):
             log.warning("%s", message)
             log_text(trainer.loggers, "warnings/spike", message, trainer.global_step)
 
-    def _losses_by_key(self, trainer: Trainer) -> list[tuple[str, float]]:
+    def _losses_by_key(self) -> list[tuple[str, float]]:
         """Return the key and the loss of every noisy clip of the optimizer step, over all ranks."""
         losses: list[tuple[str, float]] = []
         for keys, clip_of_row, per_row in self._clips:
             losses += zip((keys[clip] for clip in clip_of_row.tolist()), per_row.tolist(), strict=True)
-        return _gather(trainer, losses)
+        return list(chain.from_iterable(of_all_ranks(losses)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters, so that a resumed run reports the same as an uninterrupted one."""
-        return {
+        return {  # under the names of earlier releases
             "usual_norm": self.mean_norm,
             "finite_steps": self._finite_steps,
             "spikes": self.spikes,
@@ -231,12 +231,3 @@ class Health(Callback):
         self.mean_norm, self._finite_steps = state_dict["usual_norm"], state_dict["finite_steps"]
         self.spikes, self.skipped_steps = state_dict["spikes"], state_dict["skipped_steps"]
         self._consecutive_skips, self.damaged = state_dict["skipped_in_a_row"], state_dict["damaged"]
-
-
-def _gather(trainer: Trainer, items: list[T]) -> list[T]:
-    """Return the items of all ranks, in the order of the ranks."""
-    if trainer.world_size == 1:
-        return items
-    of_ranks: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(of_ranks, items)
-    return [item for of_rank in of_ranks for item in of_rank]

@@ -44,8 +44,7 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
 
     Each rank keeps a shard of every parameter in float32, with its gradient, optimizer state and average; a block's
     weights are gathered, in bf16 with bf16-mixed, while the block computes. Unlike Lightning's ModelParallelStrategy it
-    shards the model itself, and a checkpoint is that of any other run. It also runs on the CPU with
-    gloo, for tests.
+    shards the model itself, and a checkpoint is that of any other run. It also runs on the CPU with gloo, for tests.
 
     Args:
         options: arguments of Lightning's ModelParallelStrategy, except its sizes.
