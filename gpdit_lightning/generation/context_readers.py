@@ -103,10 +103,10 @@ def _readers_of(
         return [partial(_read_frames, source, settings, codec)]
     path = Path(source)
     shard, _, sample = source.rpartition("#")
-    if shard.endswith(SHARD_EXTENSION) and not path.exists():
+    if shard.endswith(SHARD_EXTENSION) and not os.path.exists(path):
         reader = open_once(Path(shard))
         return [partial(read_sample, reader, sample_number(sample, reader), settings, codec)]
-    if not os.path.exists(path):
+    if not os.path.exists(path):  # unlike `Path.exists`, False for a name that is too long
         raise InputError(f"{source} does not exist: give a video, an image, a folder of either, or a shard.")
     if path.suffix == SHARD_EXTENSION:
         reader = open_once(path)

@@ -1,6 +1,7 @@
 """Contexts that are samples of shards."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ MANIFEST_SEARCH_DEPTH = 3  # a shard's manifest is searched for in its folder an
 
 def open_shard(path: Path, settings: ContextSettings, codec: Codec) -> ShardReader:
     """Open a shard, and check that its samples match the codec and the training clips."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike `Path.is_file`, False for a name that is too long
         raise InputError(f"{path} does not exist: give the path of a shard of latents.")
     manifest, reader = _find_in_manifest(path)
     manifest.codec.check_same(

@@ -398,6 +398,8 @@ def unusable(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("absent.mp4", {}, r"absent\.mp4 does not exist"),
         ("absent.tar", {}, r"absent\.tar does not exist"),
         ("absent.tar#3", {}, r"absent\.tar does not exist"),
+        (f"{'x' * 300}.mp4", {}, r"x\.mp4 does not exist"),
+        (f"{'x' * 300}.tar#3", {}, r"x\.tar does not exist"),
         ("text.mp4", {}, r"text\.mp4 is not a readable video"),
         ("text.png", {}, r"text\.png is not a readable image"),
         ("empty", {}, "empty contains no videos and no images"),
