@@ -150,15 +150,14 @@ def explain_write_errors(folder: Path, kept: str = "") -> Iterator[None]:
         raise
 
 
-def memory_error(
-    error: BaseException, less_memory: str = "use smaller batches or fewer workers"
-) -> ResourceError | None:
+def memory_error(error: BaseException, less_memory: str | None = None) -> ResourceError | None:
     """Return the error to raise if an exception of a library states that memory ran out, on any device; else None.
 
     Args:
         error: the exception.
-        less_memory: what the user can change so that less memory is needed.
+        less_memory: what the user can change so that less memory is needed; None: batches or workers.
     """
+    less_memory = less_memory or "use smaller batches or fewer workers"
     reason = next(iter(str(error).strip().splitlines()), "")
     if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(reason)):
         return None

@@ -162,8 +162,8 @@ def exit_at_signals(lines: Mapping[int, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
 
 def is_ignored(number: int) -> bool:
@@ -220,8 +220,8 @@ def signals_delayed() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # runs the handlers of pending signals
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
         signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
     for number in dict.fromkeys(received):
         signal.raise_signal(number)

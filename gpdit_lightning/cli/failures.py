@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gpdit_lightning.errors import InputError, file_of
+from gpdit_lightning.errors import InputError, file_of, message_line
 from gpdit_lightning.files import DISK_FULL_ERRORS
 
 DEBUG = "--debug"  # shows the traceback of an error; every verb has it
@@ -72,16 +72,16 @@ def describe(error: Exception, verb: str) -> tuple[str, int]:
     Returns:
         one sentence; 2 for an error that the user can correct, 1 for an unexpected one.
     """
-    known = known_cause(error, LESS_MEMORY.get(verb, "use smaller batches or fewer workers"))
+    known = known_cause(error, LESS_MEMORY.get(verb))
     return (shortened(known), 2) if known is not None else (shortened(unexpected(error)), 1)
 
 
-def known_cause(error: Exception, less_memory: str) -> str | None:
+def known_cause(error: Exception, less_memory: str | None = None) -> str | None:
     """Return the sentence for an error that the user can correct; None for any other one.
 
     Args:
         error: the exception.
-        less_memory: how the command needs less memory.
+        less_memory: how the command needs less memory; None: as in `memory_error`.
     """
     if isinstance(error, InputError):
         return str(error)
@@ -97,7 +97,7 @@ def known_cause(error: Exception, less_memory: str) -> str | None:
         from gpdit_lightning.workers import thread_error, worker_error
 
         if LOST_RANK.search(f"{type(error).__name__}: {error}"):
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = message_line(error)
             return f"the connection to another rank was lost ({reason}): see the messages of the other ranks."
         known = worker_error(error) or thread_error(error) or memory_error(error, less_memory)
         return None if known is None else str(known)
@@ -159,7 +159,7 @@ def one_line_reports(debug: bool) -> Iterator[None]:
 
     def report(event: Any) -> None:
         if isinstance(event.exc_value, Exception):
-            known = known_cause(event.exc_value, "use smaller batches or fewer workers")
+            known = known_cause(event.exc_value)
             print(f"in the background: {shortened(known or unexpected(event.exc_value))}", file=sys.stderr)
 
     threading.excepthook = sys.unraisablehook = report

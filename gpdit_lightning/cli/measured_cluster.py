@@ -18,6 +18,7 @@ from torch import distributed
 
 from gpdit_lightning.cli.estimated_recipe import read_recipe
 from gpdit_lightning.cli.plan_trial import MeasureSpeed, measure_speed
+from gpdit_lightning.devices import available_cores
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.memory import parameter_count
 from gpdit_lightning.estimation.requirements import RunSettings
@@ -61,7 +62,7 @@ def measured_cluster(
         InputError: a process failed, took too long, or trained less than two steps.
     """
     on_gpus = torch.cuda.is_available()
-    devices = min(run.gpus, torch.cuda.device_count() if on_gpus else len(os.sched_getaffinity(0)))
+    devices = min(run.gpus, torch.cuda.device_count() if on_gpus else available_cores())
     with TemporaryDirectory() as name:
         folder = Path(name)
         request = {"arguments": list(arguments), "gpus": run.gpus, "devices": devices}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.codecs.base import Codec, fingerprint_of
-from gpdit_lightning.codecs.diffusers_folders import FILES, lines_of, load_folder
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.codecs.diffusers_folders import FILES, load_folder
+from gpdit_lightning.errors import InputError, message_line
 
 HUB_TIMEOUT = 10.0  # seconds
 
@@ -104,4 +104,4 @@ def _hub_folder(source: str) -> tuple[Path | None, str]:
         HfApi().model_info(source, timeout=HUB_TIMEOUT)
         return Path(snapshot_download(source, allow_patterns=[*FILES])), ""
     except Exception as error:  # of the HTTP library that the installed release of huggingface_hub uses
-        return None, f"the hub: {lines_of(error)[0]}"
+        return None, f"the hub: {message_line(error)}"

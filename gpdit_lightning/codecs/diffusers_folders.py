@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, message_line
 from gpdit_lightning.files import read_bounded
 from gpdit_lightning.retries import memory_error, transient_error
 from gpdit_lightning.schema import OBJECT, TEXT, check, parse_json, shown
@@ -146,7 +146,7 @@ def _difference_in_size(network_class: type[Any], config: Mapping[str, Any], num
         with torch.device("meta"), _quiet():
             described = sum(tensor.numel() for tensor in network_class(**config).state_dict().values())
     except Exception as error:  # diffusers raises many kinds of errors for arguments that contradict each other
-        return f"its {CONFIG} is not that of an {network_class.__name__}: {lines_of(error)[0].rstrip('.')}"
+        return f"its {CONFIG} is not that of an {network_class.__name__}: {message_line(error).rstrip('.')}"
     if described > 2 * numbers + 2**20:  # diffusers names the weights that are missing
         return f"its {CONFIG} describes {described:,} weights, and its files have {numbers:,}"
     return ""
@@ -172,7 +172,7 @@ def _from_pretrained(
                 raise known from None
             return None, f"its weights are not those of {network_class.__name__}: {_first_difference(error)}"
         except (OSError, ValueError) as error:
-            return None, lines_of(error)[0]
+            return None, message_line(error)
     missing = sorted(loading["missing_keys"])
     if missing:  # diffusers initializes missing weights at random
         return None, f"its file lacks {len(missing)} weights, such as {missing[0]}"
@@ -199,12 +199,7 @@ def errors_only(library: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def lines_of(error: Exception) -> list[str]:
-    """Return the lines of an error's message; its class if it has none."""
-    return str(error).strip().splitlines() or [type(error).__name__]
-
-
 def _first_difference(error: RuntimeError) -> str:
     """Return the first difference in torch's error on a state dict that does not fit, which follows its first line."""
-    first, *differences = lines_of(error)
-    return (differences or [first])[0].strip().rstrip(".")
+    _, *differences = str(error).strip().splitlines() or [""]
+    return (differences or [message_line(error)])[0].strip().rstrip(".")

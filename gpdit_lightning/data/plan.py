@@ -164,8 +164,8 @@ class Plan:
     Attributes:
         sources: the sources of the mixture.
         seed: seed of all random orders.
-        context_dropout: fraction of clips without context; the number dropped so
-            far differs from the exact fraction by less than one clip per part.
+        context_dropout: fraction of clips without context; the number dropped so far differs from the exact fraction
+            by less than one clip per part.
         max_ranks: equal parts of every micro-batch, alike in shape and in the number of clips with context. The order
             is the same at every world size that divides it.
         sampling: how the sources share the optimizer steps.

@@ -304,7 +304,7 @@ def test_recipe_files_may_contain_options_of_the_verb(capsys: pytest.CaptureFixt
 def test_durations_from_a_measurement_of_this_machine(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes train and communicate; the prediction has the parts of the measurement."""
     monkeypatch.setattr(measured_cluster, "TRAINING_STEPS", 3)
-    monkeypatch.setattr(measured_cluster.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(measured_cluster, "available_cores", lambda: 2)
     words = [f"--config={mixed}", "--trainer.accelerator=cpu", "--data.workers=0"]
     run = read_recipe(words, 2).run
     cluster = measured_cluster.measured_cluster(words, run, 8, 1e9)
