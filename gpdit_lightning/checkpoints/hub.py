@@ -1,5 +1,6 @@
 """The backbone with loading from, and saving to, a folder or the Hugging Face hub."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +22,16 @@ from gpdit_lightning.checkpoints.facts import TrainingFacts
 from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiT, GPDiTConfig
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+
+
+def check_hub_arguments(hub: Mapping[str, Any]) -> None:
+    """Raise `InputError` for another argument than those of the hub; a folder uses none, and would ignore it."""
+    if unknown := [name for name in hub if name not in HUB_ARGUMENTS]:
+        raise InputError(
+            f"from_pretrained has no argument {unknown[0]!r}: for the hub, give {', '.join(HUB_ARGUMENTS)}."
+        )
 
 
 def download(name: str, **hub: Any) -> Path:
@@ -91,8 +102,9 @@ class HubGPDiT(GPDiT, ModelHubMixin):
                 `snapshot_download`.
 
         Raises:
-            InputError: there is no such folder or model on the hub, or its files are damaged.
+            InputError: there is no such folder or model on the hub, its files are damaged, or an argument is unknown.
         """
+        check_hub_arguments(hub)
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             folder = download(str(pretrained_model_name_or_path), **hub)

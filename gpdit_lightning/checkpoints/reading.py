@@ -10,7 +10,7 @@ import torch
 from gpdit_lightning.checkpoints.exported import CODEC, WEIGHTS, is_exported, read_exported
 from gpdit_lightning.checkpoints.facts import ValidationLoss, WeightsKind
 from gpdit_lightning.checkpoints.files import find_checkpoint, open_checkpoint
-from gpdit_lightning.checkpoints.hub import HubGPDiT, download
+from gpdit_lightning.checkpoints.hub import HubGPDiT, check_hub_arguments, download
 from gpdit_lightning.checkpoints.marks import checkpoint_sha256
 from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.diffusion import NoiseSchedule
@@ -37,8 +37,9 @@ def local_path(path: str | Path, **hub: Any) -> Path:
         hub: as for `HubGPDiT.from_pretrained`.
 
     Raises:
-        InputError: there is no such path, and the hub has no such model.
+        InputError: there is no such path, and the hub has no such model, or an argument is unknown.
     """
+    check_hub_arguments(hub)
     return download(path, **hub) if isinstance(path, str) and is_hub_name(path) else Path(path)
 
 

@@ -36,9 +36,11 @@ def rotate_to(x0: Tensor, eps: Tensor, theta: Tensor) -> NoisySample:
     """Rotate clean latents towards noise: the forward process R(theta) (x0, eps) of GPDiT, section 4.2.
 
     Raises:
-        InputError: noise or angles are on another device than the latents.
+        InputError: noise or angles are on another device than the latents, or the noise has another shape.
     """
     check_device(x0.device, "x0", eps=eps, theta=theta)
+    if eps.shape != x0.shape:  # broadcast, several latents would get the same noise
+        raise InputError(f"eps has shape {tuple(eps.shape)}; it must be that of x0, {tuple(x0.shape)}.")
     angles = _broadcastable(theta, x0)
     cos, sin = angles.cos().to(x0.dtype), angles.sin().to(x0.dtype)
     return NoisySample(cos * x0 + sin * eps, cos * eps - sin * x0, theta)

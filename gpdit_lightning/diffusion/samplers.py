@@ -82,8 +82,8 @@ class Sampler(ABC):
             fresh_noise: for stochastic samplers, called once per step that adds noise.
 
         Raises:
-            InputError: a stochastic sampler has no `fresh_noise`, or a custom sampler fails or returns a tensor of
-                another shape, dtype or device.
+            InputError: a stochastic sampler has no `fresh_noise`, the velocity has another shape than the sample, or a
+                custom sampler fails or returns a tensor of another shape, dtype or device.
         """
         precise = torch.promote_types(noise.dtype, torch.float32)
 
@@ -93,7 +93,12 @@ class Sampler(ABC):
                     f"sampler '{import_path(self)}' calls velocity(x, angle) with x of shape {tuple(x.shape)}: keep "
                     f"the shape {tuple(noise.shape)} of the noise."
                 )
-            return velocity(x, x.new_full((x.shape[0],), theta, dtype=precise)).to(x.dtype)
+            result = velocity(x, x.new_full((x.shape[0],), theta, dtype=precise))
+            if result.shape != x.shape:  # broadcast, it would be the velocity of other samples
+                raise InputError(
+                    f"the velocity has shape {tuple(result.shape)}; it must be that of the sample, {tuple(x.shape)}."
+                )
+            return result.to(x.dtype)
 
         if type(self).__module__ == __name__:
             return self.solve(velocity_at, noise, angles, fresh_noise)

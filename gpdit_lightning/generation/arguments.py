@@ -11,7 +11,7 @@ from gpdit_lightning.options.sample import GenerationOptions
 class GenerationArguments(TypedDict, total=False):
     """The arguments of a call: the options of `sample`, by the same names (`gpdit_lightning.options.sample`).
 
-    `seed` may also be a list with a seed for each context.
+    `seed` may also be a list with a seed for each context, and `size` a pair of height and width.
     """
 
     frames: int | None
@@ -33,7 +33,7 @@ class GenerationArguments(TypedDict, total=False):
     start: float | None
     fps: float | None
     stride: int | None
-    size: str | None
+    size: str | Sequence[int] | None
 
 
 def options_of_call(
@@ -64,4 +64,7 @@ def options_of_call(
     if label is not None:
         labels = [label] if isinstance(label, str) or not isinstance(label, Sequence) else label
         options["label"] = tuple(map(str, labels))
+    size = arguments.get("size")
+    if isinstance(size, Sequence) and not isinstance(size, str):
+        options["size"] = "x".join(map(str, size))
     return GenerationOptions(**options), seeds

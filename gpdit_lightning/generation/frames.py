@@ -46,7 +46,8 @@ def clip_pixels(value: Any) -> Tensor:
             are uint8, or floating-point in [0, 1].
 
     Raises:
-        InputError: another type, shape or range of values, no frames, or images of different sizes.
+        InputError: another type, shape or range of values, no frames, or images of different sizes or that cannot be
+            read.
     """
     if isinstance(value, Image.Image):
         value = [value]
@@ -58,13 +59,16 @@ def clip_pixels(value: Any) -> Tensor:
                 f"the images of a clip are of {height}x{width} and {other_height}x{other_width} pixels: give all of "
                 "them one size."
             )
-        named = [(image.copy(), f"image {number} of a clip") for number, image in enumerate(value)]
-        frames = np.stack([image_pixels(image, name) for image, name in named])
+        frames = np.stack([_image_pixels(image, f"image {number} of a clip") for number, image in enumerate(value)])
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
     if isinstance(value, np.ndarray):
         if value.ndim not in (3, 4) or value.shape[-1] != 3:
             raise InputError(f"an array of frames has shape {value.shape}: give (T, H, W, 3), or (H, W, 3) for one.")
-        pixels = torch.from_numpy(value if value.flags.writeable else value.copy()).movedim(-1, -3)
+        if value.dtype != np.uint8 and value.dtype.kind != "f":
+            raise InputError(f"the frames of a clip are {value.dtype}: give uint8, or floats in [0, 1].")
+        # torch accepts neither negative strides, as those of reversed channels, nor another order of bytes.
+        native = value.astype(value.dtype.newbyteorder("="), order="C")
+        pixels = torch.from_numpy(native).movedim(-1, -3)
     elif isinstance(value, Tensor):
         if value.ndim not in (3, 4) or value.shape[-3] != 3:
             raise InputError(
@@ -74,6 +78,16 @@ def clip_pixels(value: Any) -> Tensor:
     else:
         raise InputError(f"a clip is an object of type {type(value).__name__}: give {FORMS}.")
     return _as_uint8(pixels if pixels.ndim == 4 else pixels[None])
+
+
+def _image_pixels(image: Image.Image, name: str) -> np.ndarray:
+    """Return an image of Pillow as uint8 (H, W, 3) in sRGB; its content may be read only now."""
+    try:
+        return image_pixels(image.copy(), name)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # truncated, closed, or of a mode that has no colours
+        raise InputError(f"{name} cannot be read ({error}): give another one.") from None
 
 
 def _is_frame_list(value: Any) -> bool:

@@ -95,8 +95,11 @@ class GPDiTPipeline:
                 `snapshot_download`.
 
         Raises:
-            InputError: model or codec are not found, damaged or incomplete, or the device cannot be used.
+            InputError: model or codec are not found, damaged or incomplete, or an argument cannot be used.
         """
+        ModelOptions(
+            checkpoint=str(checkpoint), weights=weights, precision=precision, codec=codec
+        )  # checks their types
         trained = load_trained_model(checkpoint, available_device(str(device)), weights, **hub)
         loaded = load_codec_of(trained, codec, codec_source)
         return cls(trained, loaded, precision=precision, compile=compile)

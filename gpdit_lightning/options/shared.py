@@ -3,11 +3,15 @@
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from inspect import formatannotation
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.names import as_text, check_local
+from gpdit_lightning.schema import shown
 
 Precision = Literal["auto", "32", "bf16"]
 
@@ -64,10 +68,25 @@ def _is_required(record: Any, name: str) -> bool:
     return name != "config" and any(field.name == name and field.default is MISSING for field in fields(record))
 
 
+def _accepts(hint: Any, value: Any) -> bool:
+    """Return whether a value is of a type: a number, truth value, text, named choice or None. Others are not checked.
+
+    NumPy's numbers are numbers, and truth values are none.
+    """
+    if get_origin(hint) in (Union, UnionType):
+        return any(_accepts(part, value) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return any(type(value) is type(name) and value == name for name in get_args(hint))
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return hint not in (bool, str, NoneType) or isinstance(value, hint)
+
+
 class OptionRecord:
     """Base of the records of options; converts strings to paths, and single paths and strings to tuples of one.
 
-    Texts are taken for paths, which must not be addresses, except those of `NO_PATHS`.
+    A command line is parsed by the types of the fields, and a record that Python code makes is checked for them. Texts
+    are taken for paths, which must not be addresses, except those of `NO_PATHS`.
     """
 
     NO_PATHS: ClassVar[Collection[str]] = ("data_dir", "overrides", "label", "source_pattern", "group_pattern")
@@ -75,6 +94,8 @@ class OptionRecord:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             value, types = getattr(self, name), (hint, *get_args(hint))
+            if not _accepts(hint, value):
+                raise InputError(f"--{name} is {shown(value)}; it must be of type {formatannotation(hint)}.")
             items = value if isinstance(value, list | tuple) else [value]
             if any(item == "" for item in items):
                 raise InputError(f"--{name} is empty: give a value, or leave the option out.")

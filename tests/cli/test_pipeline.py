@@ -111,9 +111,25 @@ def test_examples_of_the_documents_run(
     assert looks_like(read_video(tmp_path / "out.mp4")[:13], stripe_context(1, 23, 13))
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"weights": "best"}, r"--weights is 'best'; it must be of type Literal\['ema', 'raw'\]"),
+        ({"precision": "64"}, r"--precision is '64'; it must be of type"),
+        ({"weight": "raw"}, r"from_pretrained has no argument 'weight': for the hub, give revision, token"),
+    ],
+)
+def test_arguments_of_loading_that_would_be_ignored_or_fail_later_are_refused(
+    workspace: Path, argument: Any, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        GPDiTPipeline.from_pretrained(workspace / "of2", **argument)
+
+
 def test_properties(pipeline: GPDiTPipeline) -> None:
     assert pipeline.frame_rate == 8.0
     assert pipeline.sizes == ((32, 32),)
+    assert pipeline(size=pipeline.sizes[0], frames=1, steps=1).videos[0].pixels.shape == (1, 3, 32, 32)
     assert pipeline.labels == LABELS
     assert pipeline.codec.name == "pca"
     assert pipeline.to("cpu") is pipeline
@@ -175,7 +191,9 @@ def test_every_form_of_a_clip_in_memory_gives_the_same_video(workspace: Path, pi
     clip = stripes(2)
     array = clip.permute(0, 2, 3, 1).contiguous().numpy()
     images = [Image.fromarray(frame) for frame in array]
+    reversed_channels = np.ascontiguousarray(array[..., ::-1])[..., ::-1]  # as of OpenCV's images
     forms: list[Any] = [images, array, array / np.float32(255), clip, clip.double() / 255, [clip], clip[None]]
+    forms += [reversed_channels, np.broadcast_to(array, array.shape), (array / 255).astype(">f8")]
     (expected,) = pixels_of(pipeline(str(workspace / "frames"), **OPTIONS))
     for form in forms:
         output = pipeline(form, **OPTIONS)
@@ -229,6 +247,8 @@ def test_seconds_are_those_of_each_video(workspace: Path, tmp_path: Path, pipeli
         (np.zeros((4, 32, 32), np.uint8), {}, r"an array of frames has shape \(4, 32, 32\): give \(T, H, W, 3\)"),
         (torch.zeros(4, 32, 32, 3), {}, r"a tensor of frames has shape \(4, 32, 32, 3\): give \(T, 3, H, W\)"),
         (torch.zeros(4, 3, 32, 32, dtype=torch.int64), {}, r"are torch.int64: give uint8, or floats in \[0, 1\]"),
+        (np.zeros((4, 32, 32, 3), object), {}, r"the frames of a clip are object: give uint8, or floats in"),
+        (Image.new("RGB", (8, 8)).convert("La"), {}, r"image 0 of a clip cannot be read .*: give another one"),
         (torch.full((4, 3, 32, 32), 2.0), {}, r"values from 2 to 2: give uint8, or floats"),
         (torch.full((1, 3, 8, 8), torch.nan), {}, r"values from nan to nan"),
         (torch.zeros(0, 3, 32, 32), {}, r"shape \(0, 3, 32, 32\), without frames"),
@@ -244,6 +264,7 @@ def test_seconds_are_those_of_each_video(workspace: Path, tmp_path: Path, pipeli
         (None, {"seconds": -1.0}, r"seconds is -1.0: give a duration above 0"),
         (None, {"step": 3}, r"a pipeline has no option 'step'"),
         (None, {"frames": 0}, r"--frames is 0"),
+        (None, {"frames": 2.5}, r"--frames is 2.5; it must be of type int"),
     ],
 )
 def test_invalid_input_is_refused_before_anything_is_generated(

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.diffusion import rotate_back, rotate_to
+from gpdit_lightning.errors import InputError
 
 
 def pair(*shape: int) -> tuple[Tensor, Tensor]:
@@ -74,6 +75,12 @@ def test_angles_broadcast_over_the_trailing_dimensions() -> None:
         for frame in range(3):
             alone = rotate_to(x0[clip, frame], eps[clip, frame], theta[clip, frame]).noisy
             torch.testing.assert_close(alone, noisy[clip, frame])
+
+
+def test_noise_of_another_shape_is_refused() -> None:
+    x0, eps = pair(2, 3, 4, 4, 4)
+    with pytest.raises(InputError, match=r"eps has shape \(1, 3, 4, 4, 4\); it must be that of x0"):
+        rotate_to(x0, eps[:1], torch.zeros(2, 3))
 
 
 def test_latents_keep_their_dtype() -> None:

@@ -534,6 +534,7 @@ def test_faults_of_a_custom_sampler_are_reported_with_its_import_path(function: 
         (lambda: register_sampler("adams", OneJump), "sampler 'adams' is built in"),
         (lambda: StochasticSampler(eta=1.1), "eta is 1.1; choose it from 0"),
         (lambda: StochasticSampler(eta=-0.1), "eta is -0.1"),
+        (lambda: RotationSampler().sample(lambda x, _: x[:1], NOISE), r"velocity has shape \(1, 1\)"),
         (lambda: StochasticSampler().sample(TWO_BUMPS.velocity, NOISE), "give fresh_noise"),
     ],
 )
