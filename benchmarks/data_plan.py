@@ -50,7 +50,7 @@ def write_manifest(folder: Path, shards: int, samples: int) -> None:
 
 
 def process_memory(name: str) -> float:
-    """Return the memory of this process in MiB, now (VmRSS) or at its peak (VmHWM)."""
+    """Return the resident memory of this process in MiB, now (VmRSS) or at its peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 

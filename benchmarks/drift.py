@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.systems import spread
+from benchmarks.systems import frames_below_1
 from gpdit_lightning import GPDiTPipeline
+from gpdit_lightning.cli.ablation_report import spread
 from gpdit_lightning.diffusion import make_sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.videos import read_clip, select_videos
@@ -79,7 +80,7 @@ class DriftCurves:
     @property
     def frames_better(self) -> int:
         """Number of first frames whose error ratio is below 1."""
-        return next((frame for frame, ratio in enumerate(self.ratios) if ratio >= 1), len(self.ratios))
+        return frames_below_1(self.ratios)
 
     @property
     def growth(self) -> float:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.codecs import load_codec_from_spec
@@ -20,6 +19,7 @@ from gpdit_lightning.generation import GenerationConfig, transform
 from gpdit_lightning.media.image_tasks import TASKS, make_pair
 from gpdit_lightning.media.images import read_image, resize_and_crop
 from gpdit_lightning.preparation.pairs import images_in
+from gpdit_lightning.progress import progress_bar
 
 
 def error(result: Tensor, target: Tensor) -> float:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for other in options.tasks:
             generator = torch.Generator().manual_seed(options.seed)  # the same images for every task
             ratios = []
-            for _ in tqdm(range(options.draws), desc=f"{task} from {other}", leave=False):
+            for _ in progress_bar(range(options.draws), desc=f"{task} from {other}", leave=False):
                 numbers = torch.randperm(len(example_images), generator=generator)[: options.pairs].tolist()
                 pairs = (make_pair(TASKS[other], example_images[number]) for number in numbers)
                 examples = [(source[0], target[0]) for source, target in pairs]

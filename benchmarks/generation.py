@@ -25,12 +25,12 @@ from torch import Tensor
 from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.codecs import PcaCodec, WanCodec
 from gpdit_lightning.diffusion import Guidance, RotationSampler
+from gpdit_lightning.estimation.units import MIB
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.generation import GenerationConfig, cast_linear_weights, rollout
 from gpdit_lightning.media.images import Size, parse_size
 from gpdit_lightning.model.config import AttentionVariant
 
-MIB = 2**20
 AVERAGED = 5  # number of frames whose mean time is one figure
 
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from gpdit_lightning.codecs import Codec, load_codec
 from gpdit_lightning.devices import available_device
@@ -22,6 +21,7 @@ from gpdit_lightning.preparation import PrepareOptions, list_input_files, prepar
 from gpdit_lightning.preparation.clips import Clip
 from gpdit_lightning.preparation.interleave import read_clips
 from gpdit_lightning.preparation.parts import worker_count
+from gpdit_lightning.progress import progress_bar
 
 HEIGHT, WIDTH, RATE = 720, 1280, 24
 
@@ -30,7 +30,7 @@ def write_videos(folder: Path, count: int, frames: int) -> None:
     """Write videos of a large, smooth image that moves slowly."""
     generator = torch.Generator().manual_seed(0)
     folder.mkdir()
-    for number in tqdm(range(count), desc="generating", unit=" videos", leave=False):
+    for number in progress_bar(range(count), desc="generating", unit="video", leave=False):
         coarse = torch.rand(1, 3, 12, 20, generator=generator)
         image = torch.nn.functional.interpolate(coarse, (HEIGHT, WIDTH + frames), mode="bicubic").clamp(0, 1)[0]
         image = (image * 255).to(torch.uint8)

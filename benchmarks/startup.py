@@ -17,6 +17,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from benchmarks.data_plan import process_memory
 from benchmarks.ranks import on_ranks, random_latents, trainer_settings
 from gpdit_lightning import GPDiTConfig
 from gpdit_lightning.estimation.memory import parameter_count
@@ -52,13 +53,7 @@ class AtFirstBatch(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Record them once."""
         if not self.at:
-            self.at, self.peak = time.perf_counter(), resident("VmHWM")
-
-
-def resident(name: str) -> float:
-    """Return the bytes of the resident set: `VmRSS`, or `VmHWM` for the largest one since it was reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(name))
+            self.at, self.peak = time.perf_counter(), process_memory("VmHWM")
 
 
 def start(
@@ -70,7 +65,7 @@ def start(
     stage: type[GPDiTStage],
     resumes: bool,
 ) -> dict[str, list[float]]:
-    """Start a training, and train a step; return the seconds and bytes of this rank."""
+    """Start a training, and train a step; return the seconds and MiB of this rank."""
     if strategy.startswith("zero"):
         importlib.import_module("deepspeed")  # else its memory and time would count
     first, resumed = AtFirstBatch(), folder / "run/checkpoints/step-1.ckpt"
@@ -82,14 +77,16 @@ def start(
     )
     module = stage(config)
     Path("/proc/self/clear_refs").write_text("5")  # resets the largest resident set
-    before, begun = resident("VmRSS"), time.perf_counter()
+    before, begun = process_memory("VmRSS"), time.perf_counter()
     trainer.fit(module, random_latents(ranks, folder), ckpt_path=resumed if resumes else None, weights_only=True)
-    return {"seconds": [first.at - begun], "bytes": [first.peak - before]}
+    return {"seconds": [first.at - begun], "mebibytes": [first.peak - before]}
 
 
 def main() -> None:
     """Print the table as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
@@ -107,8 +104,8 @@ def main() -> None:
                     folder = Path(root, built)
                     folder.mkdir(exist_ok=True)
                     found = on_ranks(folder, ranks, start, strategy, config, stage, resumes)
-                    seconds, size = (max(of_rank[name][0] for of_rank in found) for name in ("seconds", "bytes"))
-                    row = (strategy, ranks, weights, built, f"{seconds:.1f}", f"{size / MIB:.0f}")
+                    seconds, size = (max(of_rank[name][0] for of_rank in found) for name in ("seconds", "mebibytes"))
+                    row = (strategy, ranks, weights, built, f"{seconds:.1f}", f"{size:.0f}")
                     print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 

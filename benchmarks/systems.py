@@ -77,7 +77,12 @@ class RunResult:
     @property
     def frames_better(self) -> int:
         """Return the number of first generated frames whose error ratio is below 1."""
-        return next((frame for frame, ratio in enumerate(self.ratios) if ratio >= 1), len(self.ratios))
+        return frames_below_1(self.ratios)
+
+
+def frames_below_1(ratios: Sequence[float]) -> int:
+    """Return the number of first generated frames whose error ratio is below 1."""
+    return next((frame for frame, ratio in enumerate(ratios) if ratio >= 1), len(ratios))
 
 
 def recipe_arguments(name: str, options: argparse.Namespace) -> list[str]:

@@ -24,6 +24,7 @@ from benchmarks.fuzz.targets import KINDS, TARGETS, Target, uses_marked_frames
 from benchmarks.fuzz.texts import damage_text
 from benchmarks.fuzz.values import damage_values
 from gpdit_lightning.files import sha256_of
+from gpdit_lightning.schema import CONTENT_HASH
 
 Outcome = Literal["named", "refused", "harmless", "accepted", "silent", "crashed", "hung"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -31,7 +32,6 @@ FAILURES: tuple[Outcome, ...] = ("silent", "crashed", "hung")
 CONSISTENT = 0.3  # fraction of the cases in which recorded hashes are replaced by those of the damaged files
 LIMITS_OF_RECIPES = 4  # times those of other files: a valid recipe may name a larger model, by default size B
 OUT_OF_MEMORY = ("memory ran out", "MemoryError")
-CONTENT_HASH = "content_sha256"  # field of a file with the hash of its other fields
 UNEXPECTED = "this is a fault of"  # in the message of an exception that no part of the library expects
 TRACEBACK = "Traceback (most recent call last)"
 MIN_HEADER_BYTES = 8  # of a file with a header that can be damaged

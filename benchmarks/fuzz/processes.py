@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpdit_lightning.estimation.units import MIB
+
 POLL_INTERVAL = 0.01  # seconds
 PAGE = resource.getpagesize()
-MIB = 2**20
 HARNESS_ERROR = 99  # exit status if the command ended well but its result could not be read
 
 
