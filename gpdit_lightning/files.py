@@ -242,6 +242,14 @@ def check_regular(path: str | Path, cure: str = REPLACE_IT) -> None:
         raise InputError(f"{path} is not a regular file, but a folder, a pipe, a socket or a device: {cure}.")
 
 
+Identity = tuple[int, ...]
+
+
+def identity_of(status: os.stat_result) -> Identity:
+    """Return what differs once a file is changed or replaced: size, times of change, inode and device."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev
+
+
 def open_regular(path: str | Path, flags: int = os.O_RDONLY, cure: str = REPLACE_IT) -> io.FileIO:
     """Open a file without a buffer, to read it or with `os.O_RDWR` to change it.
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gpdit_lightning.errors import InputError, TransientError
-from gpdit_lightning.files import open_regular, partial_path, process_lock, read_bounded
+from gpdit_lightning.files import Identity, identity_of, open_regular, partial_path, process_lock, read_bounded
 from gpdit_lightning.retries import retried, transient_error
 
 FOLDER = Path("~/.cache/gpdit_lightning/hashes")
@@ -32,8 +32,6 @@ TIME_RESOLUTION = 3.0
 POLL_INTERVAL = 0.1  # seconds
 ABANDONED_AFTER = 60.0  # seconds without progress after which a process that reads a file is no longer waited for
 
-Identity = tuple[int, ...]
-
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +45,7 @@ def remembered_sha256(path: Path) -> str:
         TransientError: it changed while it was read.
         OSError: it cannot be read.
     """
-    identity = _identity(path)
+    identity = identity_of(path.stat())
     try:
         key = hashlib.sha256(f"{platform.node()}\n{path.resolve()}".encode("utf-8", "surrogateescape")).hexdigest()
         record = FOLDER.expanduser() / f"{key}.json"
@@ -100,11 +98,6 @@ def content_identity(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _identity(path: Path) -> Identity:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev
-
-
 def _compute(path: Path, lock: Path | None = None) -> tuple[str, Identity]:
     """Read a file; return its sha256 and the identity of what was read.
 
@@ -116,7 +109,7 @@ def _compute(path: Path, lock: Path | None = None) -> tuple[str, Identity]:
         TransientError: the file changed while it was read.
     """
     digest, block, size = hashlib.sha256(), bytearray(CHUNK), 0
-    before = _identity(path)
+    before = identity_of(path.stat())
     if before[0] >= LARGE:
         log.info("reading %s (%.1f GiB) to verify it, once on this machine", path, before[0] / 2**30)
     with open_regular(path) as file:
@@ -125,7 +118,7 @@ def _compute(path: Path, lock: Path | None = None) -> tuple[str, Identity]:
             size += count
             if lock is not None and size % (16 * CHUNK) < count:
                 os.utime(lock)
-    after = _identity(path)
+    after = identity_of(path.stat())
     if before != after or size != after[0]:
         raise TransientError(
             f"{path} changed while it was read: wait until the program that writes it has finished, and run the same "

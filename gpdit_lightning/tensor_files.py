@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import open_regular
+from gpdit_lightning.files import Identity, identity_of, open_regular
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import parse_json, shown
 
@@ -55,7 +55,7 @@ class TensorOnDisk(ABC):
         """Read the tensor into host memory.
 
         Raises:
-            InputError: a file has become shorter, or does not exist any more.
+            InputError: a file has changed, or does not exist any more.
             TransientError: three attempts to read a file failed for a reason other than its content.
         """
 
@@ -74,14 +74,19 @@ class TensorOnDisk(ABC):
 class StoredTensor(TensorOnDisk):
     """A tensor in a file, which `read` reads.
 
+    The header of a file is checked, and its hash compared, before its tensors are read. So a file that was replaced
+    since, or is being written, is refused: its tensors would be those of another model, or of two.
+
     Attributes:
         path: the file.
+        identity: that of the file whose header was read.
         offset: of the first byte of its storage in the file.
         bytes: of its storage.
         dtype, shape, strides, first: data type, shape, strides, and the first element within the storage.
     """
 
     path: Path
+    identity: Identity
     offset: int
     bytes: int
     dtype: torch.dtype
@@ -117,14 +122,17 @@ class StoredTensor(TensorOnDisk):
         try:
             with open_regular(self.path) as file:
                 read_into(storage.numpy().data, file.fileno(), offset)
+                identity = identity_of(os.fstat(file.fileno()))
         except (OSError, RuntimeError, MemoryError) as error:
             known = transient_error(error, f"{self.path} ({size_text(self.path)})")
             raise known or _unreadable(self.path, error) from None
         except EOFError:
+            identity = ()
+        if identity != self.identity:
             raise InputError(
-                f"{self.path} became shorter while it was read: wait until the program that writes it has finished, "
-                "and run the same command again."
-            ) from None
+                f"{self.path} changed while it was read: wait until the program that writes it has finished, and run "
+                "the same command again."
+            )
 
 
 @dataclass(frozen=True)
@@ -211,7 +219,8 @@ def safetensors_header(path: Path, cure: str) -> tuple[dict[str, StoredTensor], 
     """
     try:
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
+            size = status.st_size
             prefix = bytearray(8)
             read_into(memoryview(prefix), file.fileno(), 0)
             length = struct.unpack("<Q", prefix)[0]
@@ -233,7 +242,8 @@ def safetensors_header(path: Path, cure: str) -> tuple[dict[str, StoredTensor], 
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "its metadata are not text", cure)
-    tensors = {name: _stored_tensor(path, name, entry, 8 + length, cure) for name, entry in content.items()}
+    identity = identity_of(status)
+    tensors = {name: _stored_tensor(path, identity, name, entry, 8 + length, cure) for name, entry in content.items()}
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].bytes)):
         if tensor.offset != end:
@@ -244,7 +254,7 @@ def safetensors_header(path: Path, cure: str) -> tuple[dict[str, StoredTensor], 
     return tensors, metadata
 
 
-def _stored_tensor(path: Path, name: str, entry: Any, start: int, cure: str) -> StoredTensor:
+def _stored_tensor(path: Path, identity: Identity, name: str, entry: Any, start: int, cure: str) -> StoredTensor:
     """Return a tensor of a header, whose bytes are counted from `start`."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _damaged(path, f"its header has {shown(entry)} as {shown(name)}", cure)
@@ -259,7 +269,7 @@ def _stored_tensor(path: Path, name: str, entry: Any, start: int, cure: str) -> 
     size = math.prod(shape) * DTYPES[dtype].itemsize
     if end - first != size:
         raise _damaged(path, f"{shown(name)} of {dtype} {shown(shape)} has {shown(end - first)} bytes", cure)
-    return StoredTensor(path, start + first, size, DTYPES[dtype], tuple(shape), row_major_strides(shape))
+    return StoredTensor(path, identity, start + first, size, DTYPES[dtype], tuple(shape), row_major_strides(shape))
 
 
 def _are_counts(values: Any) -> bool:

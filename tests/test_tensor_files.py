@@ -113,7 +113,7 @@ def test_the_length_of_the_header_is_bounded_by_the_file(path: Path, length: int
 def test_what_is_not_a_file_or_ends_early_is_refused(path: Path) -> None:
     tensor = safetensors_header(path, "cure")[0]["matrix"]
     os.truncate(path, tensor.offset + 5)
-    with pytest.raises(InputError, match="file became shorter while it was read"):
+    with pytest.raises(InputError, match="file changed while it was read"):
         tensor.read()
     path.unlink()
     with pytest.raises(InputError, match=r"file could not be read \(No such file"):
@@ -124,6 +124,21 @@ def test_what_is_not_a_file_or_ends_early_is_refused(path: Path) -> None:
             read()
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_tensors_of_a_file_that_was_changed_after_its_header_was_read_are_refused(path: Path, in_place: bool) -> None:
+    """Its hash was compared before, so that weights of another model with the same shapes would be used."""
+    tensors = safetensors_header(path, "cure")[0]
+    assert tensors["matrix"].read().shape == (3, 4)
+    other = path.with_name("other")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, other, {"key": "value"})
+    if in_place:
+        path.write_bytes(other.read_bytes())
+    else:
+        other.replace(path)
+    with pytest.raises(InputError, match="file changed while it was read: wait until the program that writes it"):
+        tensors["vector"].read()
+
+
 @pytest.mark.parametrize(
     ("shape", "strides", "first"), [((10**12,), (0,), 0), ((3,), (2,), 0), ((4,), (1,), 1), ((2, 3), (3, 1), 0)]
 )
@@ -131,7 +146,7 @@ def test_a_tensor_has_no_more_elements_than_its_storage(
     shape: tuple[int, ...], strides: tuple[int, ...], first: int
 ) -> None:
     with pytest.raises(InputError, match="has a tensor of shape"):
-        StoredTensor(Path("file"), 0, 16, torch.float32, shape, strides, first).check_bounds()
+        StoredTensor(Path("file"), (), 0, 16, torch.float32, shape, strides, first).check_bounds()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e5m2])

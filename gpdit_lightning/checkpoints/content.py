@@ -5,6 +5,7 @@ and with their places in the file, from which they are read when they are needed
 cost no memory. Tensors that were saved without data are in parts (parts.py).
 """
 
+import os
 import pickle
 import re
 import zipfile
@@ -18,7 +19,7 @@ from torch import Tensor
 from gpdit_lightning.checkpoints.marks import AVERAGE, TRAINING, step_of
 from gpdit_lightning.checkpoints.parts import places, read_parts
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import open_regular
+from gpdit_lightning.files import Identity, identity_of, open_regular
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import COUNT, LIST, OBJECT, TEXT, check, shown
 from gpdit_lightning.tensor_files import (
@@ -183,9 +184,9 @@ def _check_all_finite(content: dict[str, Any], folder: Path) -> None:
 def _unpickle(path: Path) -> Any:
     """Return the content of a file of `torch.save`, with a `StoredTensor` for each tensor that has data."""
     try:
-        records = _records(path)
+        identity, records = _records(path)
         content = torch.load(path, map_location="meta", weights_only=True)
-        return _replace(content, Tensor, lambda tensor: _stored(tensor, path, records))
+        return _replace(content, Tensor, lambda tensor: _stored(tensor, path, identity, records))
     except InputError:
         raise
     except (EOFError, OSError, zipfile.BadZipFile) as error:
@@ -208,8 +209,8 @@ def _reason(error: Exception) -> str:
     return "it is damaged" if not text or "weights_only" in text else text
 
 
-def _records(path: Path) -> dict[int, int]:
-    """Check the archive of a checkpoint; return the sizes of its records by their offsets in the file.
+def _records(path: Path) -> tuple[Identity, dict[int, int]]:
+    """Check the archive of a checkpoint; return its identity, and the sizes of its records by their offsets.
 
     Raises:
         EOFError: the file is truncated, or of another type.
@@ -218,6 +219,7 @@ def _records(path: Path) -> dict[int, int]:
     """
     records = {}
     with open_regular(path) as file:
+        identity = identity_of(os.fstat(file.fileno()))
         file.read(1)  # an error of the disk is raised here, which is_zipfile would ignore
         if not zipfile.is_zipfile(file):
             raise EOFError("truncated, or of another type")
@@ -236,10 +238,10 @@ def _records(path: Path) -> dict[int, int]:
                 name, rest = lengths[:2], lengths[2:]
                 start = record.header_offset + 30 + int.from_bytes(name, "little") + int.from_bytes(rest, "little")
                 records[start] = record.file_size
-    return records
+    return identity, records
 
 
-def _stored(tensor: Tensor, path: Path, records: dict[int, int]) -> StoredTensor | Tensor:
+def _stored(tensor: Tensor, path: Path, identity: Identity, records: dict[int, int]) -> StoredTensor | Tensor:
     """Return the place of a tensor in the file, or the tensor itself if it was saved without data.
 
     Raises:
@@ -253,9 +255,8 @@ def _stored(tensor: Tensor, path: Path, records: dict[int, int]) -> StoredTensor
         return tensor
     if size > 0 and records.get(offset) != size:
         raise InputError(f"{path} lacks {size} bytes of a tensor of shape {tuple(tensor.shape)}: {CURE}.")
-    stored = StoredTensor(
-        path, offset, size, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
-    )
+    shape, first = tuple(tensor.shape), int(tensor.storage_offset())
+    stored = StoredTensor(path, identity, offset, size, tensor.dtype, shape, tensor.stride(), first)
     stored.check_bounds()
     return stored
 

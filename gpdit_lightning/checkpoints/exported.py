@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from gpdit_lightning.checkpoints.card import CardDetails, is_unedited, model_card
 from gpdit_lightning.checkpoints.facts import EXPORT_AGAIN
 from gpdit_lightning.checkpoints.weights import Weights
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.files import atomic_write, read_bounded
 from gpdit_lightning.hashes import remembered_sha256
 from gpdit_lightning.model.config import GPDiTConfig
@@ -62,7 +62,8 @@ def read_exported(folder: Path) -> Weights:
     path, config_path = folder / WEIGHTS, folder / CONFIG
     if not config_path.exists():
         raise InputError(f"{config_path} does not exist: {CURE}.")
-    content = parse_json(_read(config_path, MAX_CONFIG_BYTES), str(config_path), CURE)
+    text = _read(config_path, MAX_CONFIG_BYTES)
+    content = parse_json(text, str(config_path), CURE)
     file_format = content.get("format") if isinstance(content, dict) else None
     if file_format != FORMAT:
         raise InputError(f"{config_path} has format {shown(file_format)} and this version reads {FORMAT!r}: {CURE}.")
@@ -71,6 +72,8 @@ def read_exported(folder: Path) -> Weights:
     tensors, _ = safetensors_header(path, CURE)
     weights = Weights.checked(tensors, content.get("config"), content, str(config_path))
     verify_checksums(folder)
+    if _read(config_path, MAX_CONFIG_BYTES) != text:  # the hash may be that of a file which has replaced it since
+        raise TransientError(f"{config_path} changed while it was read: {CURE}.")
     return replace(weights, owner=str(path), folder=folder)
 
 

@@ -7,6 +7,7 @@ import math
 import pickle
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning.checkpoints import exported
 from gpdit_lightning.checkpoints.card import CardDetails
 from gpdit_lightning.checkpoints.exported import read_exported, write_checksums, write_exported
 from gpdit_lightning.checkpoints.facts import Origin, TrainingFacts
@@ -485,6 +487,31 @@ def test_a_changed_byte_is_found_by_the_hashes(folder: Path, name: str, place: f
     (folder / name).write_bytes(content)
     with pytest.raises(InputError, match=rf"{name} is not the file that was exported \(its sha256 is [0-9a-f]+\)"):
         read_exported(folder)
+
+
+@pytest.mark.parametrize("when", ["header", "hash"])
+def test_a_folder_that_is_replaced_while_it_is_read_is_never_a_mixture(
+    folder: Path, model: GPDiT, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    other = GPDiT(model.config).eval()
+    other.facts = replace(model.facts, step=model.facts.step + 1)
+    function = "safetensors_header" if when == "header" else "verify_checksums"
+    original = getattr(exported, function)
+
+    def read_then_replace(*arguments: Any) -> Any:
+        result = original(*arguments)
+        monkeypatch.setattr(exported, function, original)
+        other.save_pretrained(folder)
+        return result
+
+    monkeypatch.setattr(exported, function, read_then_replace)
+    loaded = GPDiT.from_pretrained(folder)  # read again from the beginning
+    assert loaded.facts == other.facts
+    assert torch.equal(velocity(loaded), velocity(other))
+    opened = read_exported(folder)
+    model.save_pretrained(folder)
+    with pytest.raises(InputError, match=r"model.safetensors changed while it was read"):
+        opened.read_all()
 
 
 def test_the_hashes_are_those_of_sha256sum_and_an_earlier_folder_has_none(folder: Path, caplog: Any) -> None:
