@@ -92,6 +92,8 @@ def known_cause(error: Exception, less_memory: str | None = None) -> str | None:
         return f"{path}: {error.strerror}: {CURES[error.errno]}."
     if isinstance(error, ImportError) and LACKS_MEMORY.search(str(error)):
         return f"memory ran out while the program started ({error}): raise the limit of memory (ulimit -v)."
+    if type(error).__name__ == "MisconfigurationException":  # of Lightning, which most verbs do not import
+        return f"the trainer cannot be used with these settings: {message_line(error)}"
     if isinstance(error, RuntimeError | MemoryError):
         from gpdit_lightning.retries import memory_error
         from gpdit_lightning.workers import thread_error, worker_error

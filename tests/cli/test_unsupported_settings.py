@@ -83,6 +83,15 @@ def test_fit_refuses_before_the_first_step(
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_what_lightning_refuses_after_the_start_is_no_fault_of_the_library(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--trainer.limit_val_batches=0.01", "--validate_every_steps=1"]
+    assert fit(tmp_path / "recipe.yaml", recipe(tiny_shards, tmp_path / "run"), *settings) == 2
+    message = "error: the trainer cannot be used with these settings: You requested to check 0.01 of the `val_dataload"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+
+
 def forward_only(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention without a backward pass, as FlexAttention's on a CPU."""
     with torch.no_grad():
