@@ -29,6 +29,7 @@ from gpdit_lightning.generation.settings import AUTOCAST_DTYPES, batches_by_shap
 from gpdit_lightning.generation.video import GeneratedFrames, encode_context, stream_video
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.model import GPDiT
+from gpdit_lightning.model.checks import check_receives_angles
 from gpdit_lightning.options.sample import GenerationOptions
 from gpdit_lightning.options.shared import ModelOptions, Precision, SamplerOptions
 from gpdit_lightning.progress import progress_bar
@@ -306,6 +307,9 @@ class GPDiTPipeline:
             options: sampler and guidance over the context.
             label_guidance: guidance scale over the label.
             rest: further fields of the result.
+
+        Raises:
+            InputError: the model does not condition clean frames on the angle of a context noise.
         """
         if options.guidance != 1 and self.trained.context_dropout == 0:
             log.warning(
@@ -313,7 +317,10 @@ class GPDiTPipeline:
                 "data.context_dropout 0, so the result may be worse than with --guidance 1",
                 options.guidance,
             )
-        if (angle := rest.get("context_noise", 0)) > self.trained.context_noise:
+        angle = rest.get("context_noise", 0)
+        if angle:
+            check_receives_angles(self.model.config, f"--context_noise is {angle}")
+        if angle > self.trained.context_noise:
             log.warning(
                 "warning: --context_noise is %s, but the model was trained with data.context_noise %s, so the result "
                 "may be worse",

@@ -109,15 +109,20 @@ def check_clean_theta(config: GPDiTConfig, clean_theta: Tensor | None, clips: in
     """Raise InputError unless the context noise has an angle for each of the clean blocks of `clips` clips."""
     if clean_theta is None:
         return
-    if config.time_conditioning != "rotation":
-        raise InputError(
-            f"clean_theta is given, but with time_conditioning {config.time_conditioning} clean tokens receive no "
-            "angle: leave it out, or use a model with the rotation."
-        )
+    check_receives_angles(config, "clean_theta is given")
     if clean_theta.shape != (clips, blocks):
         raise InputError(
             f"clean_theta has shape {tuple(clean_theta.shape)}; it must be (clips, blocks of clean) = ({clips}, "
             f"{blocks})."
+        )
+
+
+def check_receives_angles(config: GPDiTConfig, given: str) -> None:
+    """Raise InputError if clean tokens do not receive the angle of the context noise, which is `given`, in words."""
+    if config.time_conditioning != "rotation":
+        raise InputError(
+            f"{given}, but with time_conditioning {config.time_conditioning} clean tokens receive no angle: leave it "
+            "out, or use a model with the rotation."
         )
 
 

@@ -14,6 +14,7 @@ from gpdit_lightning.data.source import SourceConfig
 from gpdit_lightning.diffusion import DenoisingLoss, NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.model.checks import check_receives_angles
 from gpdit_lightning.model.layout import BlockLayout
 from gpdit_lightning.schema import OBJECT, check
 from gpdit_lightning.training.optimizer import OptimizerConfig
@@ -60,11 +61,8 @@ def check_latent_channels(of_backbone: int, of_data: int) -> None:
 
 def check_context_noise(angle: float, config: GPDiTConfig) -> None:
     """Raise `InputError` if clean blocks have context noise, but a backbone does not condition them on its angle."""
-    if angle and config.time_conditioning != "rotation":
-        raise InputError(
-            f"data.context_noise is {angle}, but with time_conditioning {config.time_conditioning} clean tokens "
-            "receive no angle: set it to 0, or use the rotation."
-        )
+    if angle:
+        check_receives_angles(config, f"data.context_noise is {angle}")
 
 
 def check_patches(patch_size: int, data: LatentDataModule) -> None:

@@ -166,3 +166,8 @@ def test_one_image_after_examples_needs_blocks_of_one_frame() -> None:
     for fields in ({"block_shape": (2, 0, 0)}, {"block_shape": (2, 0, 0), "first_block_frames": 1}):
         with pytest.raises(InputError, match="cannot generate one image after 5 others"):
             transform(pipeline_of(6, **fields).model, CODEC, pairs, source)
+
+
+def test_context_noise_needs_a_model_that_receives_its_angle() -> None:
+    with pytest.raises(InputError, match=r"^--context_noise is 0.5, but with time_conditioning adaln clean tokens"):
+        pipeline_of(3, time_conditioning="adaln")(video(5), context_noise=0.5)
