@@ -298,12 +298,6 @@ def npy_layout(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     return shape, dtype, file.tell()
 
 
-@retried
-def read_safetensors(path: Path, cure: str) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file into host memory; arguments and errors as of `safetensors_header`."""
-    return {name: tensor.read() for name, tensor in safetensors_header(path, cure)[0].items()}
-
-
 def check_finite(tensors: Mapping[str, Any], owner: str, cure: str) -> None:
     """Check that floating-point tensors in host memory are finite; values of other types are ignored.
 

@@ -18,7 +18,7 @@ from gpdit_lightning.checkpoints.exported import read_exported
 from gpdit_lightning.checkpoints.files import damage_of, read_content
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError, ResourceError, TransientError
-from gpdit_lightning.evaluation.videos import has_frames
+from gpdit_lightning.evaluation.videos import select_videos
 from gpdit_lightning.media.images import read_image
 from gpdit_lightning.media.video import iterate_frames, video_info
 from gpdit_lightning.media.video_writer import write_video
@@ -193,7 +193,7 @@ def test_readers_of_other_files_do_not_call_a_failed_disk_damage(tmp_path: Path)
         lambda: damage_of(folder),
         lambda: read_exported(folder),
         lambda: Manifest.load(folder),
-        lambda: has_frames(folder / "a.mp4", 1),
+        lambda: select_videos([folder / "a.mp4"], 1, 0, 1),
     ):
         with pytest.raises(TransientError, match=r"could not be read .*Input/output error"):
             read()

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from gpdit_lightning.checkpoints.content import CURE, read_content
 from gpdit_lightning.checkpoints.facts import Origin, WeightsKind
 from gpdit_lightning.checkpoints.marks import AVERAGE as AVERAGE  # the names of all files of a checkpoint are here
@@ -74,11 +72,7 @@ class Checkpoint:
         """The `GPDiTConfig.to_dict()` of the backbone, not validated."""
         return self.content["gpdit"].get("backbone")
 
-    def backbone_weights(self, kind: WeightsKind = "ema") -> dict[str, Tensor]:
-        """Read the backbone's state dict into host memory; arguments and errors as of :meth:`stored_weights`."""
-        return {name: stored.read() for name, stored in self.stored_weights(kind).items()}
-
-    def stored_weights(self, kind: WeightsKind = "ema") -> dict[str, TensorOnDisk]:
+    def stored_weights(self, kind: WeightsKind) -> dict[str, TensorOnDisk]:
         """Return the backbone's state dict: averaged (`ema`; trained if there is no average) or trained (`raw`).
 
         Raises:
@@ -122,15 +116,15 @@ class Checkpoint:
         return {name: value for name, value in facts.items() if value is not None}
 
 
-def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
-    """Open the checkpoint that a path refers to, with the arguments of :func:`find_checkpoint`; tensors are not read.
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open the checkpoint that a path refers to, as :func:`find_checkpoint`, and verify it; tensors are not read.
 
     Raises:
         InputError: as :func:`find_checkpoint`, or the file cannot be read or is not a checkpoint of this library.
     """
-    folder = find_checkpoint(path, verify)
+    folder = find_checkpoint(path, verify=True)
     checkpoint = Checkpoint(folder, read_content(folder, lazily=True))
-    if verify and not mark_path(folder).exists():
+    if not mark_path(folder).exists():
         log.info("%s has no completion mark, so its files could not be verified.", folder)
     return checkpoint
 

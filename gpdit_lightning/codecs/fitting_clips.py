@@ -23,13 +23,13 @@ CLIPS_PER_IMAGE = 4
 SEED = 0
 
 
-def shipped_clips(count: int = CLIPS, seed: int = SEED) -> list[Tensor]:
+def shipped_clips(count: int = CLIPS) -> list[Tensor]:
     """Return clips (17, 3, 128, 128) of scikit-learn's photographs and, one in ten, of its handwritten digits."""
     from sklearn.datasets import load_digits, load_sample_images
 
     photographs = [torch.tensor(image).permute(2, 0, 1) / 255 for image in load_sample_images().images]
     digits = torch.tensor(load_digits().images, dtype=torch.float32) / 16
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(SEED)
     digit_clips = round(count * DIGIT_FRACTION)
     clips = [camera_clip(photographs, generator) for _ in range(count - digit_clips)]
     return clips + [sprite_clip(digits, generator) for _ in range(digit_clips)]

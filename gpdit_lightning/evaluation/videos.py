@@ -105,17 +105,14 @@ def stride_text(stride: int, fps: float | None) -> str:
     return str(stride) if fps is None else f"{stride} after resampling to {fps:g} frames per second"
 
 
-def has_frames(path: Path, frames: int, fps: float | None = None) -> bool:
-    """Whether a video has at least this number of frames; they are counted if the header does not state it.
+def _shortage(path: Path, frames: int, fps: float | None) -> str:
+    """Return the reason why a video has less than this number of frames; empty if it has as many.
+
+    They are counted if the header does not state their number.
 
     Raises:
-        TransientError: it cannot be read for a reason other than its content.
+        TransientError: the video cannot be read for a reason other than its content.
     """
-    return not _shortage(path, frames, fps)
-
-
-def _shortage(path: Path, frames: int, fps: float | None) -> str:
-    """Return the reason why a video has less than this number of frames; empty if it has as many."""
     try:
         count = _num_frames(path, fps)
     except TransientError:

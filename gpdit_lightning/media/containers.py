@@ -115,12 +115,11 @@ def input_options(formats: Iterable[str] = FORMATS) -> dict[str, str]:
 
 
 @contextmanager
-def open_video(path: str | Path, formats: Iterable[str] = FORMATS) -> Iterator[VideoStream]:
+def open_video(path: str | Path) -> Iterator[VideoStream]:
     """Open the stream of a file that a player shows; errors of FFmpeg inside the block become `InputError`.
 
     Args:
-        path: any file that FFmpeg reads as a video.
-        formats: names of the formats that are accepted; FFmpeg determines the format by the content.
+        path: any file that FFmpeg reads as a video; it determines the format by the content.
 
     Raises:
         InputError: the file is missing, not a video, its video has no decoder, or its header exceeds a limit.
@@ -135,7 +134,7 @@ def open_video(path: str | Path, formats: Iterable[str] = FORMATS) -> Iterator[V
         check_png_texts(path)
         with ffmpeg_errors() as messages:
             # Without "file:" FFmpeg would take the text before a colon in the name for a protocol.
-            opened = av.open(f"file:{path}", metadata_errors="replace", options=input_options(formats))
+            opened = av.open(f"file:{path}", metadata_errors="replace", options=input_options())
         with opened as container:
             stream = _shown_stream(path, container)
             decoder = _decoder(stream)

@@ -29,6 +29,7 @@ SEARCHED_EXTENSIONS = (*IMAGE_EXTENSIONS, ".heic", ".heif", ".hif", ".jxl")
 # Border colours of context frames and of generated frames.
 CONTEXT_COLOUR, GENERATED_COLOUR = "silver", "orange"
 
+MIN_SIDE = 96  # pixels of the shorter side of an image on a sheet or in an animation
 MAX_EXCESS = 8  # scaled pixels per pixel of the cropped result, above which only the region of the result is scaled
 
 Size = tuple[int, int]
@@ -239,7 +240,7 @@ def write_strip(
     path: str | Path,
     rows: Mapping[str, Tensor],
     columns: int = 16,
-    min_side: int = 96,
+    min_side: int = MIN_SIDE,
     context: int = 0,
     frame_numbers: Sequence[int] | None = None,
 ) -> None:
@@ -275,7 +276,7 @@ def write_sheet(
     path: str | Path,
     titles: Sequence[str],
     rows: Sequence[tuple[str, Sequence[Tensor]]],
-    min_side: int = 96,
+    min_side: int = MIN_SIDE,
     context_columns: int = 0,
 ) -> None:
     """Write a PNG with a grid of images, each centred in its cell.
@@ -313,7 +314,7 @@ def write_sheet(
 
 
 def write_animation(
-    path: str | Path, columns: Mapping[str, Tensor], fps: float, min_side: int = 96, context: int = 0
+    path: str | Path, columns: Mapping[str, Tensor], fps: float, min_side: int = MIN_SIDE, context: int = 0
 ) -> None:
     """Write an endless GIF with one labelled column per version of the same clips.
 
@@ -336,7 +337,7 @@ def write_animation(
 
 
 def animation_pages(
-    path: str | Path, columns: Mapping[str, Tensor], min_side: int = 96, context: int = 0
+    path: str | Path, columns: Mapping[str, Tensor], min_side: int = MIN_SIDE, context: int = 0
 ) -> list[Image.Image]:
     """Return the frames of an animation, one page per frame; arguments and errors as for `write_animation`."""
     if not columns or any(0 in clips.shape for clips in columns.values()):

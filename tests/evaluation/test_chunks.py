@@ -24,7 +24,7 @@ from gpdit_lightning.evaluation.chunks import (
 from gpdit_lightning.evaluation.metrics import psnr, ssim
 from gpdit_lightning.evaluation.networks import load_image_network, load_video_network
 from gpdit_lightning.evaluation.self_checks import add_noise, gaussian_blur
-from gpdit_lightning.evaluation.videos import Selection, has_frames, read_clip
+from gpdit_lightning.evaluation.videos import Selection, read_clip, select_videos
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.media.video_writer import write_video
 from tests.evaluation.scripted import ScriptedI3D, ScriptedInception, saved
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     end = content.find(b"moov") - 8
     content[end // 2 : end] = bytes(end - end // 2)
     (folder / "damaged.mp4").write_bytes(content)
-    assert has_frames(folder / "damaged.mp4", 29)
+    assert select_videos([folder / "damaged.mp4"], 1, 0, 29).names
     return folder
 
 
