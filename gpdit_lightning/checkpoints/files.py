@@ -38,7 +38,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import flush, partial_path, publish, remove
 from gpdit_lightning.tensor_files import TensorOnDisk
 
-LAST = "last.ckpt"
+CHECKPOINTS, LAST = "checkpoints", "last.ckpt"  # the folder in a run folder, and the link in it
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def find_checkpoint(path: str | Path, verify: bool = False) -> Path:
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     """Return the path of the checkpoint of a step."""
-    return run_dir / "checkpoints" / f"step-{step}.ckpt"
+    return run_dir / CHECKPOINTS / f"step-{step}.ckpt"
 
 
 def publish_checkpoint(path: Path, files: Mapping[str, FileMark] | None = None) -> None:
@@ -258,7 +258,7 @@ def last_checkpoint(run_dir: Path, verify: bool = False) -> Path | None:
     Raises:
         InputError: there are checkpoints, but none is complete.
     """
-    folder = run_dir / "checkpoints"
+    folder = run_dir / CHECKPOINTS
     candidates = [path for path in _by_step(folder) if mark_path(path).exists()]
     unusable: list[str] = []
     link = folder / LAST

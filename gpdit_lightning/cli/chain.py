@@ -18,7 +18,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from gpdit_lightning.checkpoints.facts import Origin
-from gpdit_lightning.checkpoints.files import damaged_checkpoints, last_checkpoint, open_checkpoint
+from gpdit_lightning.checkpoints.files import CHECKPOINTS, damaged_checkpoints, last_checkpoint, open_checkpoint
 from gpdit_lightning.checkpoints.marks import checkpoint_sha256
 from gpdit_lightning.cli import fit
 from gpdit_lightning.cli.failures import DEBUG
@@ -37,7 +37,6 @@ from gpdit_lightning.options.chain import ChainOptions
 from gpdit_lightning.options.shared import RecipeOptions
 from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
 from gpdit_lightning.training.internals import launched_processes
-from gpdit_lightning.training.run_folder import CHECKPOINTS
 
 PRINT_CONFIG = "--print_config"
 

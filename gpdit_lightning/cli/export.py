@@ -19,6 +19,7 @@ from gpdit_lightning.checkpoints.exported import (
     has_edited_card,
     write_exported,
 )
+from gpdit_lightning.checkpoints.files import CHECKPOINTS
 from gpdit_lightning.checkpoints.first_use import first_use
 from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
 from gpdit_lightning.checkpoints.weights import Weights
@@ -30,6 +31,7 @@ from gpdit_lightning.evaluation.report_text import RESULTS, what_is_generated
 from gpdit_lightning.files import new_partial, publish, read_bounded, remove
 from gpdit_lightning.generation.settings import load_codec_of
 from gpdit_lightning.options.export import ExportOptions
+from gpdit_lightning.training.run_folder import RECIPE
 
 
 def export(options: ExportOptions) -> None:
@@ -90,7 +92,7 @@ def check_replaceable(out: Path, weights: Weights) -> None:
 def run_folder_of(checkpoint: Path) -> Path | None:
     """Return the run folder of a checkpoint; None for one that was copied elsewhere, and for an exported folder."""
     run_dir = checkpoint.absolute().parent.parent
-    return run_dir if checkpoint.parent.name == "checkpoints" and (run_dir / "config.yaml").is_file() else None
+    return run_dir if checkpoint.parent.name == CHECKPOINTS and (run_dir / RECIPE).is_file() else None
 
 
 def scores_of(trained: TrainedModel, evaluation: Path | None, run_dir: Path | None) -> Sequence[CardScore]:

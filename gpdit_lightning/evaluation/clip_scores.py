@@ -17,8 +17,8 @@ Quantities = dict[str, Tensor]
 ground truth `psnr`, `ssim` and `error` (B,). All are float32 on the CPU."""
 
 
-class Reference(NamedTuple):
-    """Quantities with which those of continuations are compared.
+class ClipReference(NamedTuple):
+    """Quantities of clips, with which those of continuations are compared.
 
     Attributes:
         truth: features of the ground truth.
@@ -65,7 +65,7 @@ def measure_continuations(videos: Tensor, ground_truth: Tensor, context: int, ne
     return features | {name: values.cpu() for name, values in errors.items()}
 
 
-def measure_reference(ground_truth: Tensor, context: int, networks: MetricNetworks) -> Reference:
+def measure_reference(ground_truth: Tensor, context: int, networks: MetricNetworks) -> ClipReference:
     """Return the quantities of the ground truth, and of repeating the last context frame.
 
     Args:
@@ -74,10 +74,10 @@ def measure_reference(ground_truth: Tensor, context: int, networks: MetricNetwor
     """
     truth = measure_features(ground_truth, context, networks)
     if context == 0:
-        return Reference(truth, {})
+        return ClipReference(truth, {})
     last = ground_truth[:, context - 1 : context].expand(-1, ground_truth.shape[1] - context, -1, -1, -1)
     repeated = torch.cat((ground_truth[:, :context], last), dim=1)
-    return Reference(truth, measure_continuations(repeated, ground_truth, context, networks))
+    return ClipReference(truth, measure_continuations(repeated, ground_truth, context, networks))
 
 
 def concatenate(parts: Sequence[Quantities]) -> Quantities:
@@ -85,7 +85,7 @@ def concatenate(parts: Sequence[Quantities]) -> Quantities:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def compute_clip_scores(generated: Quantities, reference: Reference) -> dict[str, float]:
+def compute_clip_scores(generated: Quantities, reference: ClipReference) -> dict[str, float]:
     """Return the scores of N clips.
 
     Args:

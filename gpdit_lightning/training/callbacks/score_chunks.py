@@ -20,8 +20,8 @@ from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import Sampler
 from gpdit_lightning.evaluation.chunks import MetricNetworks
 from gpdit_lightning.evaluation.clip_scores import (
+    ClipReference,
     Quantities,
-    Reference,
     concatenate,
     measure_continuations,
     measure_reference,
@@ -80,7 +80,7 @@ class ScoreChunks:
         assert isinstance(data, LatentDataModule)
         self._clips, self._chunk_size = clips, chunk
         self._codec, self._networks, self._sampler = codec, networks, sampler
-        self._reference: Reference | None = None  # before the first call of `measure`
+        self._reference: ClipReference | None = None  # before the first call of `measure`
         self._chunks = {number: self._read_chunk(number, data) for number in self._chunk_numbers(trainer)}
         check_sampler(sampler, *next(iter(self._chunks.values())).latents[:, 0].shape)
 
@@ -107,11 +107,11 @@ class ScoreChunks:
             return None
         gathered = {variant: self._gather(trainer, of_chunks) for variant, of_chunks in measured.items()}
         if self._reference is None:
-            self._reference = Reference(gathered["truth"], gathered["repeated"])
+            self._reference = ClipReference(gathered["truth"], gathered["repeated"])
         return gathered["generated"]
 
     @property
-    def reference(self) -> Reference:
+    def reference(self) -> ClipReference:
         """Quantities of the ground truth and of the baseline, after `measure`; empty except on the first rank."""
         assert self._reference is not None
         return self._reference
@@ -147,7 +147,7 @@ class ScoreChunks:
             quantities by variant (`generated`, and the first time also `truth` and `repeated`) and number of the chunk;
             None after a signal.
         """
-        variants = ("generated",) if self._reference else ("generated", *Reference._fields)
+        variants = ("generated",) if self._reference else ("generated", *ClipReference._fields)
         measured: dict[str, dict[int, Quantities]] = {variant: {} for variant in variants}
         total = len(self._clips.numbers)
         bar = progress_bar(
