@@ -1,7 +1,9 @@
 """Conversion of command lines to the form that jsonargparse parses: lists, switches, recipes."""
 
+import collections
 import collections.abc
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from gpdit_lightning.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def recipe_arguments(arguments: Sequence[str], verb_options: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
@@ -42,6 +46,20 @@ def recipe_arguments(arguments: Sequence[str], verb_options: Sequence[str]) -> t
         else:
             overrides += [word, *values]
     return of_verb, config, overrides
+
+
+def warn_of_repeated_lists(arguments: Sequence[str], record: type[Any]) -> None:
+    """Warn if a command line has an option with a list twice: of all options, the last overrides those before it."""
+    lists = [name for name, hint in get_type_hints(record).items() if item_type(hint) is not None]
+    words = collections.Counter(word.partition("=")[0] for word in arguments if is_option(word))
+    for name in ("data_dir", *lists):
+        if name not in ("config", "overrides") and (times := words[f"--{name}"]) > 1:
+            log.warning(
+                "warning: --%s is given %d times, and only the last is used: for all values give --%s A B",
+                name,
+                times,
+                name,
+            )
 
 
 def normalized(arguments: Sequence[str], record: type[Any], names: "LiteralNames | None" = None) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import register_type
 
-from gpdit_lightning.cli.arguments import LiteralNames, item_type, normalized, recipe_arguments
+from gpdit_lightning.cli.arguments import LiteralNames, item_type, normalized, recipe_arguments, warn_of_repeated_lists
 from gpdit_lightning.cli.bounded_yaml import PARSER_MODE, use_bounded_yaml
 from gpdit_lightning.cli.checked_files import FileCheckingParser
 from gpdit_lightning.cli.failures import DEBUG
@@ -58,6 +58,7 @@ def parse(verb: str, description: str, record: type[Record], arguments: Sequence
         InputError: an option is unknown or invalid.
         SystemExit: after `--help` or `--print_config`.
     """
+    warn_of_repeated_lists(arguments, record)
     parser, recipe = parser_of(verb, description, record), dict[str, list[str]]()
     if issubclass(record, RecipeOptions):
         of_verb, recipe["config"], recipe["overrides"] = recipe_arguments(arguments, option_names(record))

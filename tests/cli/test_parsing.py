@@ -1,5 +1,6 @@
 """A verb's record of options as its command line: lists, switches, YAML files, help and errors."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Literal
 import pytest
 import yaml
 
+from gpdit_lightning.cli import main
 from gpdit_lightning.cli.parsing import parse
 from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.errors import InputError
@@ -116,6 +118,23 @@ def test_an_error_is_one_sentence_that_names_option_and_value(arguments: list[st
     assert "\n" not in text
     for word in words:
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [("prepare", "--videos"), ("sample", "--context"), ("evaluate", "--seeds"), ("fit", "--data_dir")],
+)
+def test_a_list_that_a_later_one_overrides_is_named(verb: str, option: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Those who give a folder after each of several `--videos` lose all but the last."""
+    monitored = logging.getLogger("gpdit_lightning.cli.arguments")
+    monitored.addHandler(caplog.handler)
+    try:
+        assert main([verb, "--config=nowhere.yaml", option, "1", f"{option}=2"]) == 2
+        assert main([verb, "--config=nowhere.yaml", option, "1", "2"]) == 2
+    finally:
+        monitored.removeHandler(caplog.handler)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning == f"warning: {option} is given 2 times, and only the last is used: for all values give {option} A B"
 
 
 def test_help_groups_options_by_the_record_that_declares_them(capsys: pytest.CaptureFixture[str]) -> None:
