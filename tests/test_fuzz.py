@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fuzz.__main__ import case_numbers, main, table
-from benchmarks.fuzz.cases import OUTCOMES, Case, kind_of, replace_hashes, run_cases
+from benchmarks.fuzz.cases import OUTCOMES, RandomCase, field_cases, kind_of, replace_hashes, run_cases
 from benchmarks.fuzz.corpus import make_corpus
 from benchmarks.fuzz.processes import Limits
 from benchmarks.fuzz.targets import KINDS, Target, uses_marked_frames
@@ -48,7 +48,7 @@ def test_a_case_is_determined_by_its_number(corpus: Path, tmp_path: Path) -> Non
     for number in range(len(KINDS) * 8):
         made = []
         for attempt in ("first", "second"):
-            case = Case(number, corpus)
+            case = RandomCase(number, corpus)
             case.job(is_damaged=True).prepare(tmp_path / attempt)
             made.append((case.arguments, case.damage.description, state_of(tmp_path / attempt / case.file)))
         assert made[0] == made[1]
@@ -106,7 +106,8 @@ def test_the_outcome_of_a_reader(tmp_path: Path, fault: str) -> None:
 
     def outcome(target: Target) -> str:
         targets = {kind: [target] for kind in KINDS}
-        (report,) = run_cases([len(KINDS)], tmp_path / "corpus", tmp_path, limits, 1, targets)
+        case = RandomCase(len(KINDS), tmp_path / "corpus", targets)
+        (report,) = run_cases([case], tmp_path, limits, 1)
         row = table([report]).splitlines()[-1].split()
         assert row[1] == row[2 + OUTCOMES.index(report.outcome)] == "1"
         return report.outcome
@@ -114,6 +115,33 @@ def test_the_outcome_of_a_reader(tmp_path: Path, fault: str) -> None:
     assert outcome(target) == expected
     if expected == "silent":
         assert outcome(replace(target, covered=False)) == "accepted"
+
+
+def test_every_field_of_a_json_file_is_damaged_with_matching_hashes(tmp_path: Path) -> None:
+    """A reader that looks at one field without a check is found by the cases of that field alone."""
+    (tmp_path / "corpus").mkdir()
+    record = tmp_path / "corpus" / "record.json"
+    record.write_text(json.dumps({"name": "a", "inner": {"counts": [1, 2]}}, indent=2))
+    (tmp_path / "corpus" / "hashes.json").write_text(json.dumps({"sha256": sha256_of(record), "bytes": 1}))
+
+    def read(_: Sequence[str]) -> int:
+        assert json.loads(Path("hashes.json").read_text())["sha256"] == sha256_of(Path("record.json"))
+        content = json.loads(Path("record.json").read_text())
+        if not isinstance(content.get("inner"), dict) or not isinstance(content.get("name"), str):
+            return fail("error: record.json is damaged.")
+        Path("out").write_text(str(content["inner"].get("counts", [0])[0]))
+        return 0
+
+    result: Callable[[], str] = Path("out").read_text
+    target = Target("reader", ("record.json",), ("record.json", "hashes.json"), ("read",), result, command=read)
+    cases = list(field_cases(tmp_path / "corpus", KINDS[:1], {kind: [target] for kind in KINDS}))
+    reports = list(run_cases(cases, tmp_path, Limits(60.0, 256), 1))
+    found = {report.damage.partition(" ")[0] for report in reports if report.outcome == "crashed"}
+    assert found == {"inner.counts"}
+    outcomes = {report.damage: report.outcome for report in reports}
+    assert outcomes["name is None: record.json, with matching hashes"] == "named"
+    assert outcomes["inner.counts.0 is -1: record.json, with matching hashes"] == "accepted"
+    assert outcomes["inner was removed: record.json, with matching hashes"] == "named"
 
 
 def test_frames_that_ffmpeg_marks_as_corrupt_are_found_if_the_reader_uses_them(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.fuzz.cases import FAILURES, OUTCOMES, CaseReport, kind_of, run_cases
+from benchmarks.fuzz.cases import FAILURES, OUTCOMES, Case, CaseReport, RandomCase, field_cases, kind_of, run_cases
 from benchmarks.fuzz.corpus import make_corpus
 from benchmarks.fuzz.processes import Limits
 from benchmarks.fuzz.targets import KINDS
@@ -44,6 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=int, default=1000, help="number of cases")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other cases")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"of {', '.join(KINDS)}; separated by commas")
+    parser.add_argument(
+        "--fields",
+        action="store_true",
+        help="damage every field of the JSON files in turn; --count and --seed are ignored",
+    )
     parser.add_argument("--case", type=int, help="repeat the case of this number, and show the output of its command")
     parser.add_argument("--out", type=Path, help="file for the report in JSON")
     parser.add_argument(
@@ -55,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _chosen_cases(given: argparse.Namespace, kinds: Sequence[str], corpus: Path) -> Sequence[Case]:
+    """Return the cases that the options name."""
+    if given.fields:
+        return [case for case in field_cases(corpus, kinds) if given.case in (None, case.number)]
+    numbers = [given.case] if given.case is not None else islice(case_numbers(given.seed, kinds), given.count)
+    return [RandomCase(number, corpus) for number in numbers]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases and print the table; return 1 if a case was silent, crashed or hung, else 0."""
     given = _parser().parse_args(arguments)
@@ -64,17 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"error: --kinds contains {', '.join(sorted(unknown))}: give some of {', '.join(KINDS)}.", file=sys.stderr
         )
         return 2
-    numbers = [given.case] if given.case is not None else list(islice(case_numbers(given.seed, kinds), given.count))
     torch.set_num_threads(1)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.keep or Path(temporary)
         (folder / "corpus").mkdir(parents=True)
         make_corpus(folder / "corpus")
+        cases = _chosen_cases(given, kinds, folder / "corpus")
         limits = Limits(given.seconds, given.mebibytes)
         reports = []
-        with progress_bar(total=len(numbers), desc="cases", unit="case") as bar:
-            for report in run_cases(numbers, folder / "corpus", folder, limits, given.processes):
+        with progress_bar(total=len(cases), desc="cases", unit="case") as bar:
+            for report in run_cases(cases, folder, limits, given.processes):
                 reports.append(report)
                 bar.update()
                 if report.outcome in FAILURES:
@@ -85,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reports.sort(key=lambda report: report.number)
     if given.out:
         given.out.write_text(json.dumps([report.to_json() for report in reports], indent=1, ensure_ascii=False))
-    if given.case is not None:
+    if given.case is not None and reports:
         print(reports[0].output, reports[0].to_json(), sep="\n")
     print(f"{table(reports)}\n{seconds:.0f} s with {given.processes} processes")
     return int(any(report.outcome in FAILURES for report in reports))

@@ -22,7 +22,7 @@ from benchmarks.fuzz.headers import (
 from benchmarks.fuzz.processes import HARNESS_ERROR, Ended, Job, Limits, run_jobs
 from benchmarks.fuzz.targets import KINDS, TARGETS, Target, uses_marked_frames
 from benchmarks.fuzz.texts import damage_text
-from benchmarks.fuzz.values import damage_values
+from benchmarks.fuzz.values import DamagedField, damage_every_field, damage_values
 from gpdit_lightning.files import sha256_of
 from gpdit_lightning.schema import CONTENT_HASH
 
@@ -35,6 +35,7 @@ OUT_OF_MEMORY = ("memory ran out", "MemoryError")
 UNEXPECTED = "this is a fault of"  # in the message of an exception that no part of the library expects
 TRACEBACK = "Traceback (most recent call last)"
 MIN_HEADER_BYTES = 8  # of a file with a header that can be damaged
+JSON_SUFFIXES = (".json", ".jsonl", ".complete")
 STATUS_OF_FAULTS = 1  # of `inspect --verify`
 
 
@@ -72,22 +73,18 @@ class CaseReport:
 
 
 class Case:
-    """A case; everything about it follows from its number.
+    """A command that reads a damaged file.
 
     Args:
-        number: the number, at least 0.
+        number: repeats the case.
         corpus: folder of the undamaged files.
-        targets: the commands of every kind.
+        kind: kind of the damaged file.
+        target: the command.
+        file: the damaged file, relative to the corpus.
     """
 
-    def __init__(self, number: int, corpus: Path, targets: Mapping[str, Sequence[Target]] = TARGETS) -> None:
-        self.number, self.corpus = number, corpus
-        self.kind = kind_of(number)
-        self._numbers = random.Random(number)
-        self.target = self._numbers.choice(targets[self.kind])
-        files = sorted({path for pattern in self.target.files for path in corpus.glob(pattern) if path.is_file()})
-        self.file = self._numbers.choice(files).relative_to(corpus)
-        self._similar = [path.relative_to(corpus) for path in files if path.suffix == self.file.suffix]
+    def __init__(self, number: int, corpus: Path, kind: str, target: Target, file: Path) -> None:
+        self.number, self.corpus, self.kind, self.target, self.file = number, corpus, kind, target, file
         self.damage = Damage("nothing", ())
         self.is_changed = self.is_consistent = False
 
@@ -122,20 +119,90 @@ class Case:
 
     def _make_damaged_files(self, folder: Path) -> None:
         self._copy_files(folder)
-        numbers, path = self._numbers, folder / self.file
-        siblings = [folder / other for other in self._similar if other != self.file]
+        path = folder / self.file
+        siblings = self._siblings(folder)
         hashes = {file: sha256_of(file) for file in (path, *siblings)}
-        replace = damage_bytes if self.target.is_uploaded else replace_path
-        operators = [damage_bytes, damage_bytes, exchange_files, replace, *[special_damage(path)] * 4]
-        self.damage = numbers.choice(operators)(path, siblings, numbers)
+        self.damage, with_hashes = self._damage(path, siblings)
         changed = {old: file for file, old in hashes.items() if not _is_regular(file) or sha256_of(file) != old}
         self.is_changed = bool(changed)
-        if numbers.random() < CONSISTENT and self.kind not in ("recipes", "media"):
+        if with_hashes and self.kind not in ("recipes", "media"):
             self.is_consistent = replace_hashes(
                 folder, {old: file for old, file in changed.items() if _is_regular(file)}
             )
         description = self.damage.description + ", with matching hashes" * self.is_consistent
         self.damage = self.damage._replace(description=description)
+
+    def _siblings(self, folder: Path) -> Sequence[Path]:
+        """Return the files that may be damaged too."""
+        return ()
+
+    def _damage(self, path: Path, siblings: Sequence[Path]) -> tuple[Damage, bool]:
+        """Damage the file; return what was damaged, and whether recorded hashes are replaced by matching ones."""
+        raise NotImplementedError
+
+
+class RandomCase(Case):
+    """A case of which everything follows from its number.
+
+    Args:
+        number: the number, at least 0.
+        corpus: folder of the undamaged files.
+        targets: the commands of every kind.
+    """
+
+    def __init__(self, number: int, corpus: Path, targets: Mapping[str, Sequence[Target]] = TARGETS) -> None:
+        self._numbers = random.Random(number)
+        target = self._numbers.choice(targets[kind_of(number)])
+        files = files_of(target, corpus)
+        super().__init__(number, corpus, kind_of(number), target, self._numbers.choice(files))
+        self._similar = [path for path in files if path.suffix == self.file.suffix]
+
+    def _siblings(self, folder: Path) -> Sequence[Path]:
+        return [folder / other for other in self._similar if other != self.file]
+
+    def _damage(self, path: Path, siblings: Sequence[Path]) -> tuple[Damage, bool]:
+        replace = damage_bytes if self.target.is_uploaded else replace_path
+        operators = [damage_bytes, damage_bytes, exchange_files, replace, *[special_damage(path)] * 4]
+        damage = self._numbers.choice(operators)(path, siblings, self._numbers)
+        return damage, self._numbers.random() < CONSISTENT
+
+
+class FieldCase(Case):
+    """A case in which one field of a JSON file has another value, or is missing, and recorded hashes match."""
+
+    def __init__(self, number: int, corpus: Path, kind: str, target: Target, file: Path, damaged: DamagedField) -> None:
+        super().__init__(number, corpus, kind, target, file)
+        self._damaged = damaged
+
+    def _damage(self, path: Path, siblings: Sequence[Path]) -> tuple[Damage, bool]:
+        path.write_bytes(self._damaged.content)
+        return Damage(f"{self._damaged.description}: {path.name}", (path,)), True
+
+
+def field_cases(
+    corpus: Path, kinds: Sequence[str], targets: Mapping[str, Sequence[Target]] = TARGETS
+) -> Iterator[FieldCase]:
+    """Yield the cases of every field of every JSON file of some kinds, for each command that reads it.
+
+    Args:
+        corpus: folder of the undamaged files.
+        kinds: of the files; the numbers of the cases do not depend on them.
+        targets: the commands of every kind.
+    """
+    readers = ((kind, target, file) for kind in KINDS for target in targets[kind] for file in files_of(target, corpus))
+    number = 0
+    for kind, target, file in readers:
+        if file.suffix in JSON_SUFFIXES:
+            for damaged in damage_every_field((corpus / file).read_bytes()):
+                if kind in kinds:
+                    yield FieldCase(number, corpus, kind, target, file, damaged)
+                number += 1
+
+
+def files_of(target: Target, corpus: Path) -> list[Path]:
+    """Return the files that a command reads and a case may damage, relative to the corpus."""
+    found = {path for pattern in target.files for path in corpus.glob(pattern) if path.is_file()}
+    return [path.relative_to(corpus) for path in sorted(found)]
 
 
 def kind_of(number: int) -> str:
@@ -197,27 +264,27 @@ def replace_hashes(folder: Path, changed: Mapping[str, Path]) -> bool:
         folder: folder of the files that record hashes.
         changed: recorded sha256 -> changed file.
     """
-    replaced = False
 
-    def visit(value: Any) -> None:
-        nonlocal replaced
-        if isinstance(value, dict):
-            replaced |= value.pop(CONTENT_HASH, None) is not None
+    def visit(value: Any) -> bool:
+        is_new = isinstance(value, dict) and value.pop(CONTENT_HASH, None) is not None
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         for key, item in list(items):
             if isinstance(item, str) and item in changed:
-                value[key], replaced = sha256_of(changed[item]), True
+                value[key], is_new = sha256_of(changed[item]), True
                 if key == "sha256" and "bytes" in value:
                     value["bytes"] = changed[item].stat().st_size
             else:
-                visit(item)
+                is_new |= visit(item)
+        return is_new
 
+    replaced = False
     for path in folder.rglob("*"):
         if path.suffix in (".json", ".complete") and _is_regular(path):
             with suppress(ValueError, RecursionError):  # a damaged file
                 tree = json.loads(path.read_bytes())
-                visit(tree)
-                path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                if visit(tree):
+                    replaced = True
+                    path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return replaced
 
 
@@ -293,27 +360,22 @@ def names_of(case: Case) -> set[str]:
 
 
 def run_cases(
-    numbers: Iterator[int] | Sequence[int],
-    corpus: Path,
+    cases: Sequence[Case],
     folder: Path,
     limits: Limits,
     processes: int,
-    targets: Mapping[str, Sequence[Target]] = TARGETS,
 ) -> Iterator[CaseReport]:
     """Run cases in forked processes, and yield their reports as they end.
 
     Args:
-        numbers: numbers of the cases.
-        corpus: folder of the undamaged files.
+        cases: the cases.
         folder: working folder.
         limits: limits of every process.
         processes: number of processes at the same time.
-        targets: the commands of every kind.
 
     Raises:
         RuntimeError: a command fails on undamaged files.
     """
-    cases = [Case(number, corpus, targets) for number in numbers]
     firsts: dict[tuple[str, ...], Case] = {}
     for case in cases:
         firsts.setdefault(tuple(case.arguments), case)

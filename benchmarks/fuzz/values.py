@@ -1,10 +1,12 @@
 """Damage of JSON and YAML files: values, keys, structure and encodings."""
 
+import functools
 import json
+import operator
 import random
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -49,6 +51,9 @@ HOSTILE_YAML = (
     "base: .\n",
     "base: [[[]]]\n",
 )
+# A value of each type, one after the other for every field of a file.
+FIELD_VALUES: tuple[Any, ...] = (None, True, -1, 1.5, "x", [], {})
+REMOVED = object()
 ENCODINGS = ("utf-16", "utf-32", "utf-16-le", "latin-1", "utf-8-sig", "utf-7")
 
 Edit = Callable[[Any, random.Random], str]
@@ -93,6 +98,42 @@ def damage_values(content: bytes, numbers: random.Random, is_yaml: bool) -> tupl
     }
     description = edits[kind](tree, numbers)
     return _dump(tree, is_yaml), description
+
+
+class DamagedField(NamedTuple):
+    """A JSON file in which a field has another value or is missing."""
+
+    content: bytes
+    description: str
+
+
+def damage_every_field(content: bytes) -> Iterator[DamagedField]:
+    """Yield a JSON file with every field in turn removed, and replaced by every value of `FIELD_VALUES`.
+
+    Of a list only the first item is damaged, and of the lines of a .jsonl file only the first one.
+    """
+    first, separator, rest = content.decode().partition("\n")
+    try:
+        json.loads(first)
+    except ValueError:  # a file of one value on several lines
+        first, separator, rest = content.decode(), "", ""
+
+    def fields(tree: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree[:1]) if isinstance(tree, list) else ()
+        for key, value in items:
+            yield (*above, key)
+            yield from fields(value, (*above, key))
+
+    for *outer, key in fields(json.loads(first)):
+        for value in (*FIELD_VALUES, REMOVED):
+            tree = json.loads(first)
+            container = functools.reduce(operator.getitem, outer, tree)
+            if value is REMOVED:
+                del container[key]
+            else:
+                container[key] = value
+            name, change = ".".join(map(str, (*outer, key))), "was removed" if value is REMOVED else f"is {value!r}"
+            yield DamagedField(f"{json.dumps(tree)}{separator}{rest}".encode(), f"{name} {change}")
 
 
 def _dump(tree: Any, is_yaml: bool) -> bytes:

@@ -69,14 +69,22 @@ def _is_required(record: Any, name: str) -> bool:
 
 
 def _accepts(hint: Any, value: Any) -> bool:
-    """Return whether a value is of a type: a number, truth value, text, named choice or None. Others are not checked.
+    """Return whether a value is of a type: number, truth value, text, path, named choice, None, or a sequence of these.
 
-    NumPy's numbers are numbers, and truth values are none.
+    Others are not checked. NumPy's numbers are numbers, and truth values are none. A path may be a text, and a text in
+    a sequence a path; one of either may stand for a sequence.
     """
     if get_origin(hint) in (Union, UnionType):
         return any(_accepts(part, value) for part in get_args(hint))
     if get_origin(hint) is Literal:
         return any(type(value) is type(name) and value == name for name in get_args(hint))
+    if get_origin(hint) is Sequence:
+        (item,) = get_args(hint)
+        if isinstance(value, str | Path):
+            return item in (str, Path)
+        return isinstance(value, Sequence) and all(_accepts(str | Path if item is str else item, v) for v in value)
+    if hint is Path:
+        return isinstance(value, str | Path)
     if hint in (int, float):
         return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
     return hint not in (bool, str, NoneType) or isinstance(value, hint)

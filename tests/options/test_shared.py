@@ -34,6 +34,9 @@ def test_strings_become_paths_and_single_items_become_tuples() -> None:
         ("sampler", 5, "str"),
         ("weights", "best", r"Literal\['ema', 'raw'\]"),
         ("precision", 32, r"Literal\['auto', '32', 'bf16'\]"),
+        ("formats", "mp4", r".*Sequence\[.*\] \| None"),
+        ("context", 5, r".*Sequence\[str\].*"),
+        ("out", 5, r".*Path.*"),
     ],
 )
 def test_a_value_of_another_type_is_refused(option: str, value: Any, kind: str) -> None:

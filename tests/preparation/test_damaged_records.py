@@ -7,16 +7,22 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.fuzz.values import damage_every_field
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shards import ShardReader, index_path
 from gpdit_lightning.errors import InputError, ResourceError, TransientError
+from gpdit_lightning.media.finding import LeftOut
 from gpdit_lightning.preparation import PrepareOptions, prepare
+from gpdit_lightning.preparation.inspection import explain
+from gpdit_lightning.preparation.record_formats import PartResult, RecordedFile
 from gpdit_lightning.retries import explain_write_errors
+from gpdit_lightning.schema import CONTENT_HASH
 from tests.preparation.earlier_version import remove_hashes
 
 Attack = Callable[[Path], object]
@@ -131,6 +137,45 @@ def test_damaged_records_are_refused_or_repaired(
     else:
         prepare(replace(options, out=folder))
         assert samples(folder) == complete
+
+
+def refusals(content: dict[str, Any], read: Callable[[bytes], object]) -> list[str]:
+    """Read a record with every field damaged in turn; return the messages. Any other exception fails the test."""
+    messages = []
+    for damaged in damage_every_field(json.dumps(content).encode()):
+        try:
+            read(damaged.content)
+        except InputError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_every_field_of_the_records_of_a_part_is_checked(options: PrepareOptions, complete: list[str]) -> None:
+    shard = Manifest.load(options.out).shards[0]
+    left_out = (LeftOut("a.mp4", "too short", retry=True),)
+    of_part = PartResult((shard,), {"train": 1, "validation": 0}, ("a",), left_out, left_out, ("b.mp4",))
+    of_file = RecordedFile("a.tar", "image", None, 7, "a.tar", "", "name", is_tar=True)
+    part = int(shard.path.split("-")[-2])
+    messages = refusals(of_part.to_dict(part), lambda text: PartResult.from_dict(json.loads(text), part, "part.json"))
+    messages += refusals(json.loads(of_file.to_json()), lambda line: RecordedFile.from_json(line, "part.json"))
+    assert len(messages) > 150
+    assert all("part.json" in message for message in messages)
+
+
+def test_every_option_that_a_manifest_records_is_checked_before_it_explains_a_file(
+    options: PrepareOptions, complete: list[str], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(options.out, tmp_path / "out")
+    manifest = folder / "manifest.json"
+    content = {name: value for name, value in json.loads(manifest.read_text()).items() if name != CONTENT_HASH}
+
+    def explain_file(preparation: bytes) -> None:
+        manifest.write_text(json.dumps(content | {"preparation": json.loads(preparation)}))
+        explain(Manifest.load(folder), "7.png")
+
+    messages = refusals(content["preparation"], explain_file)
+    assert len(messages) > 100
+    assert all("manifest.json" in message for message in messages)
 
 
 @pytest.mark.parametrize("is_refused", [True, False])

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-from gpdit_lightning.data.manifest import NOTES_NAME, SKIPPED_NAME, Manifest
+from gpdit_lightning.data.manifest import FILE_NAME, NOTES_NAME, SKIPPED_NAME, Manifest
 from gpdit_lightning.data.shard_entry import Split
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
@@ -30,10 +30,11 @@ from gpdit_lightning.preparation.input_files import (
 from gpdit_lightning.preparation.inspection.lookup import Match, look_up
 from gpdit_lightning.preparation.inspection.reasons import Sample, explain_frames, explain_size
 from gpdit_lightning.preparation.prepare import INPUT_OPTIONS
-from gpdit_lightning.preparation.record_formats import PartResult, RecordedFile
+from gpdit_lightning.preparation.record_formats import TEXTS, PartResult, RecordedFile
 from gpdit_lightning.preparation.records import FOLDER_NAME, Records
 from gpdit_lightning.preparation.summary import read_left_out
 from gpdit_lightning.preparation.tars import containing_file, iterate_samples
+from gpdit_lightning.schema import check
 
 HASHED_IN_WORDS: dict[HashedValue, str] = {"name": "its name", "bytes": "its bytes"}
 
@@ -95,9 +96,15 @@ class Explainer:
             )
         recorded = manifest.preparation
         names = ({field.name for field in fields(PrepareOptions)} - {*INPUT_OPTIONS}) & recorded.keys()
-        self.options = PrepareOptions(out=self.folder, **{name: recorded[name] for name in names})
+        path, cure = self.folder / FILE_NAME, "copy it again, or omit --why"
         # The manifest has only the last component of each path.
-        self.inputs: dict[str, list[str]] = {name: recorded.get(name, []) for name in INPUT_OPTIONS}
+        self.inputs: dict[str, list[str]] = {
+            name: check(recorded.get(name, []), TEXTS, f"preparation.{name}", str(path), cure) for name in INPUT_OPTIONS
+        }
+        try:
+            self.options = PrepareOptions(out=self.folder, **{name: recorded[name] for name in names})
+        except InputError as error:
+            raise InputError(f"{path} records an option that `prepare` refuses ({error}): {cure}.") from None
 
     def lines(self, query: str) -> Iterator[str]:
         """Yield the lines about the file that matches `query`; raises InputError if several files match."""
