@@ -170,10 +170,13 @@ def _fit(options: RecipeOptions) -> Trainer:
         files.step = open_checkpoint(resumed).step if resumed else 0
         _train(cli, resumed, files.step)
     if trainer.is_global_zero:
-        step, folder = trainer.global_step, f"{trainer.default_root_dir}/checkpoints"
+        step, last = trainer.global_step, last_checkpoint(Path(trainer.default_root_dir))
         was_finished = resumed is not None and resumed.name == f"step-{step}.ckpt"
-        print(f"{'already ' * was_finished}finished at step {step}: {folder}/last.ckpt")
-        write_classification(trainer, last_checkpoint(Path(trainer.default_root_dir)))
+        outcome = f"{'already ' * was_finished}finished at step {step}"
+        if step < trainer.max_steps:  # by the time limit, or a callback of the recipe
+            outcome = f"stopped at step {step} of {trainer.max_steps}; the same command resumes"
+        print(f"{outcome}: {trainer.default_root_dir}/checkpoints/last.ckpt" if last else outcome)
+        write_classification(trainer, last)
     return trainer
 
 
@@ -219,6 +222,9 @@ def _evaluate(verb: str, options: RecipeOptions) -> Trainer:
         raise InputError(f"there is nothing to {verb}: data.validation_batches is 0; give a number of batches.")
     if cli.datamodule.validation_plan is None:
         raise InputError(f"there is nothing to {verb}: no samples of the data are held out (see `prepare --help`).")
+    limit = "limit_val_batches" if verb == "validate" else "limit_test_batches"
+    if getattr(trainer, limit) == 0:
+        raise InputError(f"there is nothing to {verb}: trainer.{limit} is 0; leave it out, or give a number.")
     trainer.loggers = []  # the logs of the run are for training; the results are printed
     with watch_ranks(trainer):
         getattr(trainer, verb)(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True, verbose=False)

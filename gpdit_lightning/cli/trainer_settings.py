@@ -270,7 +270,8 @@ def check_trainer(settings: Mapping[str, Any], max_ranks: int) -> None:
             cure = f"give 1 to {max_ranks}, or raise data.max_ranks, which is {max_ranks} and sets the data order"
             raise InputError(f"trainer.{name} is {value}: {cure}.")
     time = settings["max_time"]
-    if time == {} or (isinstance(time, str) and not re.fullmatch(r"\d{1,6}(:\d{1,2}){3}", time)):
+    is_unusable = isinstance(time, Mapping) and min(time.values(), default=-1) < 0
+    if is_unusable or (isinstance(time, str) and not re.fullmatch(r"\d{1,6}(:\d{1,2}){3}", time)):
         raise InputError(f"trainer.max_time is {time!r}: give a time, as DD:HH:MM:SS.")
     clip = settings["gradient_clip_val"]
     if clip is not None and not clip >= 0:

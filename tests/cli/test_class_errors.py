@@ -188,6 +188,9 @@ def test_a_run_cannot_resume_with_another_stage(
     assert "the run was trained with MixedStage; this loss is that of Huber" in caplog.messages
     assert main(["validate", *arguments, "--data.validation_batches=0"]) == 2
     assert "there is nothing to validate: data.validation_batches is 0" in capsys.readouterr().err
+    for verb, limit in (("validate", "trainer.limit_val_batches"), ("test", "trainer.limit_test_batches")):
+        assert main([verb, *arguments, f"--{limit}=0"]) == 2
+        assert f"there is nothing to {verb}: {limit} is 0; leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

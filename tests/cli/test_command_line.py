@@ -117,6 +117,7 @@ def backbone(**fields: Any) -> dict[str, Any]:
         ({"trainer": {"max_steps": -1}}, ["trainer.max_steps is -1"]),
         ({"trainer": {"max_steps": 2**62}}, [f"trainer.max_steps is {2**62}: give 0 to"]),
         ({"trainer": {"max_time": {}}}, ["trainer.max_time is {}"]),
+        ({"trainer": {"max_time": {"hours": -1}}}, ["trainer.max_time is {'hours': -1}: give a time"]),
         ({"trainer": {"max_time": "1h"}}, ["trainer.max_time is '1h': give a time, as DD:HH:MM:SS"]),
         ({"trainer": {"max_time": 3}}, ["trainer.max_time is 3; it must be a string"]),
         ({"trainer": {"callbacks": 0}}, ["trainer.callbacks is 0; it must be a list or the import path"]),

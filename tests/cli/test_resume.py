@@ -201,6 +201,15 @@ def test_a_finished_run_is_not_changed(uninterrupted: Path, tiny_shards: Path, t
     assert (uninterrupted / "checkpoints" / "last.ckpt" / "training.ckpt").read_bytes() == before
 
 
+def test_a_run_that_a_time_limit_ends_is_not_called_finished(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = recipe(tiny_shards, tmp_path / "run")
+    assert fit(tmp_path / "recipe.yaml", settings, "--trainer.max_time=00:00:00:00") == 0
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line == f"stopped at step 0 of {STEPS}; the same command resumes"
+
+
 def test_another_data_order_is_refused(
     uninterrupted: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
