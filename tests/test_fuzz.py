@@ -117,8 +117,10 @@ def test_the_outcome_of_a_reader(tmp_path: Path, fault: str) -> None:
         assert outcome(replace(target, covered=False)) == "accepted"
 
 
-def test_every_field_of_a_json_file_is_damaged_with_matching_hashes(tmp_path: Path) -> None:
+def test_every_field_of_a_json_file_is_damaged_with_matching_hashes(corpus: Path, tmp_path: Path) -> None:
     """A reader that looks at one field without a check is found by the cases of that field alone."""
+    names = {case.file.name for case in field_cases(corpus, KINDS)}
+    assert {"manifest.json", "config.json", "results.json", "notes.jsonl", "step-2.ckpt.complete"} <= names
     (tmp_path / "corpus").mkdir()
     record = tmp_path / "corpus" / "record.json"
     record.write_text(json.dumps({"name": "a", "inner": {"counts": [1, 2]}}, indent=2))

@@ -110,13 +110,14 @@ class DamagedField(NamedTuple):
 def damage_every_field(content: bytes) -> Iterator[DamagedField]:
     """Yield a JSON file with every field in turn removed, and replaced by every value of `FIELD_VALUES`.
 
-    Of a list only the first item is damaged, and of the lines of a .jsonl file only the first one.
+    Of a list only the first item is damaged, and of the lines of a .jsonl file only the first one, if it has any.
     """
-    first, separator, rest = content.decode().partition("\n")
+    text = content.decode()
     try:
-        json.loads(first)
-    except ValueError:  # a file of one value on several lines
-        first, separator, rest = content.decode(), "", ""
+        end = json.JSONDecoder().raw_decode(text)[1]
+    except ValueError:
+        return
+    first, rest = text[:end], text[end:]
 
     def fields(tree: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         items = tree.items() if isinstance(tree, dict) else enumerate(tree[:1]) if isinstance(tree, list) else ()
@@ -133,7 +134,7 @@ def damage_every_field(content: bytes) -> Iterator[DamagedField]:
             else:
                 container[key] = value
             name, change = ".".join(map(str, (*outer, key))), "was removed" if value is REMOVED else f"is {value!r}"
-            yield DamagedField(f"{json.dumps(tree)}{separator}{rest}".encode(), f"{name} {change}")
+            yield DamagedField(f"{json.dumps(tree)}{rest}".encode(), f"{name} {change}")
 
 
 def _dump(tree: Any, is_yaml: bool) -> bytes:
