@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from gpdit_lightning.diffusion import Guidance, NoiseSchedule
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.json_records import load_record, record_from_json, record_to_json
 from gpdit_lightning.evaluation.metrics import mean_and_deviation
 from gpdit_lightning.evaluation.network_files import NetworkRecord
@@ -23,6 +24,9 @@ def library_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that videos, networks and scores depend on."""
     libraries = ("gpdit_lightning", "torch", "torchmetrics", "numpy", "av", "diffusers")
     return {"python": platform.python_version()} | {name: version(name) for name in libraries}
+
+
+AnyReport = TypeVar("AnyReport", bound="Report")
 
 
 @dataclass(frozen=True)
@@ -132,9 +136,17 @@ class Report:
         Raises:
             InputError: the text is not a report; the message names a missing or unknown field.
         """
-        return record_from_json(cls, text, name, REMEDY)
+        return _consistent(record_from_json(cls, text, name, REMEDY), name)
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read a `results.json`; raises as :meth:`from_json`, and if the file is missing."""
-        return load_record(cls, path, REMEDY)
+        return _consistent(load_record(cls, path, REMEDY), str(path))
+
+
+def _consistent(report: AnyReport, name: str) -> AnyReport:
+    """Return a report that was read; raises InputError, with the file, if its protocol contradicts itself."""
+    samples, manifold = report.protocol.samples, report.protocol.manifold
+    if (samples is None) != (manifold is None):
+        raise InputError(f"{name} has samples {samples} with manifold {manifold}; both are null or numbers: {REMEDY}.")
+    return report

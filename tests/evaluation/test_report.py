@@ -122,6 +122,12 @@ def test_a_file_that_is_not_a_report_is_refused(tmp_path: Path) -> None:
             Report.load(path)
 
 
+def test_samples_without_a_number_of_real_ones_for_precision_are_refused(report: Report) -> None:
+    text = replace(report, protocol=replace(report.protocol, samples=7)).to_json()
+    with pytest.raises(InputError, match="has samples 7 with manifold None"):
+        Report.from_json(text)
+
+
 def test_the_tables_contain_scores_and_protocol(report: Report, tmp_path: Path) -> None:
     write_report(report, tmp_path)
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
