@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from gpdit_lightning.schema import CONTENT_HASH
+
 DEPTHS = (50, 500, 5000, 200_000)
 STRANGE_VALUES: tuple[Any, ...] = (
     *(0, 1, -1, 2**31, -(2**31), 2**63, 2**64, -(2**64), 10**9, 10**12, 10**30, 10**400, -(10**30)),
@@ -122,8 +124,9 @@ def damage_every_field(content: bytes) -> Iterator[DamagedField]:
     def fields(tree: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         items = tree.items() if isinstance(tree, dict) else enumerate(tree[:1]) if isinstance(tree, list) else ()
         for key, value in items:
-            yield (*above, key)
-            yield from fields(value, (*above, key))
+            if key != CONTENT_HASH:  # recorded hashes are replaced by matching ones
+                yield (*above, key)
+                yield from fields(value, (*above, key))
 
     for *outer, key in fields(json.loads(first)):
         for value in (*FIELD_VALUES, REMOVED):
