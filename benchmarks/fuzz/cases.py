@@ -23,7 +23,9 @@ from benchmarks.fuzz.processes import HARNESS_ERROR, Ended, Job, Limits, run_job
 from benchmarks.fuzz.targets import KINDS, TARGETS, Target, uses_marked_frames
 from benchmarks.fuzz.texts import damage_text
 from benchmarks.fuzz.values import DamagedField, damage_every_field, damage_values
+from gpdit_lightning.checkpoints import exported
 from gpdit_lightning.files import sha256_of
+from gpdit_lightning.probing import features
 from gpdit_lightning.schema import CONTENT_HASH
 
 Outcome = Literal["named", "refused", "harmless", "accepted", "silent", "crashed", "hung"]
@@ -35,6 +37,7 @@ OUT_OF_MEMORY = ("memory ran out", "MemoryError")
 UNEXPECTED = "this is a fault of"  # in the message of an exception that no part of the library expects
 TRACEBACK = "Traceback (most recent call last)"
 MIN_HEADER_BYTES = 8  # of a file with a header that can be damaged
+CHECKSUM_LISTS = (exported.CHECKSUMS, features.CHECKSUMS)
 JSON_SUFFIXES = (".json", ".jsonl", ".complete")
 STATUS_OF_FAULTS = 1  # of `inspect --verify`
 
@@ -256,13 +259,16 @@ def _damage_lines(path: Path, siblings: Sequence[Path], numbers: random.Random) 
 
 
 def replace_hashes(folder: Path, changed: Mapping[str, Path]) -> bool:
-    """Replace the recorded sha256 and size of changed files in all JSON files; return whether there were any.
+    """Replace the recorded sha256 and size of changed files in JSON files and lists of `sha256sum`.
 
     A hash that a file contains of its other content is removed, as in files of earlier versions.
 
     Args:
         folder: folder of the files that record hashes.
         changed: recorded sha256 -> changed file.
+
+    Returns:
+        Whether there were any.
     """
 
     def visit(value: Any) -> bool:
@@ -285,6 +291,13 @@ def replace_hashes(folder: Path, changed: Mapping[str, Path]) -> bool:
                 if visit(tree):
                     replaced = True
                     path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for path in (path for name in CHECKSUM_LISTS for path in folder.rglob(name) if _is_regular(path)):
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        for old in changed:
+            text = text.replace(old, sha256_of(changed[old]))
+        if text.encode(errors="surrogateescape") != path.read_bytes():
+            replaced = True
+            path.write_text(text, encoding="utf-8", errors="surrogateescape")
     return replaced
 
 
