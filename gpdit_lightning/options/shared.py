@@ -102,14 +102,14 @@ class OptionRecord:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             value, types = getattr(self, name), (hint, *get_args(hint))
-            if not _accepts(hint, value):
-                raise InputError(f"--{name} is {shown(value)}; it must be of type {formatannotation(hint)}.")
             items = value if isinstance(value, list | tuple) else [value]
-            if any(item == "" for item in items):
-                raise InputError(f"--{name} is empty: give a value, or leave the option out.")
             for item in items:
                 if isinstance(item, str | Path) and name not in self.NO_PATHS:
                     check_local(f"--{name}", item)
+            if not _accepts(hint, value):
+                raise InputError(f"--{name} is {shown(value)}; it must be of type {formatannotation(hint)}.")
+            if any(item == "" for item in items):
+                raise InputError(f"--{name} is empty: give a value, or leave the option out.")
             if isinstance(value, list | tuple) and not value and _is_required(self, name):
                 raise InputError(f"--{name} is an empty list: give at least one value.")
             takes_paths = Sequence[Path] in types
