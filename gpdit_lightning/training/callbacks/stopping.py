@@ -126,7 +126,8 @@ def launcher_of_rank() -> int | None:
 def end_ranks_together(trainer: Trainer) -> Iterator[None]:
     """End the other ranks of this machine when the first rank ends for any reason; wrap `trainer.fit` in it.
 
-    If another rank fails while the first one waits for it, the first one ends within 5 seconds.
+    At the end of the training the process of the first rank waits for the others, which may still write files. If
+    another rank fails while the first one waits for it, the first one ends within 5 seconds.
 
     Raises:
         KeyboardInterrupt: Ctrl-C before the training has started; Lightning raises SystemExit(1) instead.
@@ -139,7 +140,9 @@ def end_ranks_together(trainer: Trainer) -> Iterator[None]:
         if os.getppid() != launcher:
             raise SystemExit(f"the process that launched this rank ({launcher}) has ended.")
     os.environ[LAUNCHER] = str(os.getpid())
-    atexit.unregister(shut_down_process_group)
+    launched = list[Popen[bytes]]()
+    atexit.register(wait_for, launched)
+    atexit.unregister(shut_down_process_group)  # is then the first to run: the others may wait for it before they end
     atexit.register(shut_down_process_group)
     try:
         yield
@@ -162,6 +165,14 @@ def end_ranks_together(trainer: Trainer) -> Iterator[None]:
         raise
     finally:
         del os.environ[LAUNCHER]
+        launched += launched_processes(trainer.strategy) or ()
+
+
+def wait_for(launched: list[Popen[bytes]]) -> None:
+    """Wait until the ranks that this process has launched have ended, since the kernel would kill them with it."""
+    for process in launched:
+        with suppress(TimeoutExpired):
+            process.wait(ENDS_WITHIN)
 
 
 def shut_down_process_group() -> None:
