@@ -17,7 +17,7 @@ from gpdit_lightning.evaluation.networks import load_image_network, load_video_n
 from gpdit_lightning.evaluation.report import Protocol, library_versions
 from gpdit_lightning.generation.pipeline import GPDiTPipeline
 from gpdit_lightning.generation.plans import block_window
-from gpdit_lightning.generation.settings import check_context_frames, layout_of, trained_size
+from gpdit_lightning.generation.settings import check_context_frames, layout_of, trained_size, warn_of_short_context
 from gpdit_lightning.generation.video import num_latent_frames
 from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.names import as_text
@@ -106,6 +106,7 @@ def make_settings(
             f"{reason}, so frames cannot be compared with real ones: give a video_network or an image_network."
         )
     report_missing_scores(networks, medium)
+    warn_of_short_context(context_frames, trained, pipeline.codec)
     window, sinks = selected_window(options, pipeline, context_frames + generated_frames)
     settings = EvaluationSettings(
         context_frames=context_frames,

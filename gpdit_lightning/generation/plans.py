@@ -14,7 +14,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.config import GenerationConfig
 from gpdit_lightning.generation.context_readers import read_contexts
 from gpdit_lightning.generation.contexts import DEFAULT_FPS, ContextSettings, VideoContext, folder_name, unique_names
-from gpdit_lightning.generation.settings import check_context_frames, layout_of, trained_sizes
+from gpdit_lightning.generation.settings import check_context_frames, layout_of, trained_sizes, warn_of_short_context
 from gpdit_lightning.generation.video import num_latent_frames
 from gpdit_lightning.model import NO_LABEL
 from gpdit_lightning.model.layout import BlockLayout
@@ -102,7 +102,7 @@ def plan_clips(
         if sources:
             contexts = read_contexts(sources, settings, codec, skip_unusable=skip_unusable)
         clips = _plan_continuations(contexts, options, trained, codec, seconds, seeds)
-    _warn_of_short_contexts(clips, trained, codec)
+    warn_of_short_context(min(len(clip.context.pixels) for clip in clips), trained, codec)
     return clips
 
 
@@ -300,20 +300,6 @@ def rollout_window(
             f"allow {visible}: leave --no_cache out, raise --window, or generate fewer frames."
         )
     return window, sinks
-
-
-def _warn_of_short_contexts(clips: Sequence[Clip], trained: TrainedModel, codec: Codec) -> None:
-    """Log a warning if a video begins with latent frames that had no loss in the last training of the model."""
-    shortest = min(len(clip.context.pixels) for clip in clips)
-    given = num_latent_frames(codec, 0, shortest)
-    if given < trained.frames_without_loss:
-        log.warning(
-            "warning: %d latent frames are given, but the first %d of each video had no loss in training "
-            "(data.videos.frames_without_loss): give a context of at least %d frames, or the result may be worse",
-            given,
-            trained.frames_without_loss,
-            codec.pixel_frames(trained.frames_without_loss),
-        )
 
 
 def block_window(

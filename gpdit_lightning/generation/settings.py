@@ -13,6 +13,7 @@ from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.devices import has_bf16
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.generation.video import num_latent_frames
 from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.media.images import Size, closest_size, parse_size, read_image
 from gpdit_lightning.media.video import video_info
@@ -68,6 +69,25 @@ def layout_of(trained: TrainedModel, codec: Codec) -> BlockLayout:
     """Return the blocks of the training clips; their frames are those of clips of any size."""
     height, width = (side // codec.spatial_factor for side in trained.geometry.sizes[0])
     return trained.backbone.layout(height, width)
+
+
+def warn_of_short_context(frames: int, trained: TrainedModel, codec: Codec) -> None:
+    """Log a warning if videos begin with latent frames that had no loss in the last training of the model.
+
+    Args:
+        frames: pixel frames of the shortest context.
+        trained: the model.
+        codec: its codec.
+    """
+    given = num_latent_frames(codec, 0, frames)
+    if given < trained.frames_without_loss:
+        log.warning(
+            "warning: %d latent frames are given, but the first %d of each video had no loss in training "
+            "(data.videos.frames_without_loss): give a context of at least %d frames, or the result may be worse",
+            given,
+            trained.frames_without_loss,
+            codec.pixel_frames(trained.frames_without_loss),
+        )
 
 
 def check_context_frames(frames: int, layout: BlockLayout, codec: Codec) -> None:

@@ -73,7 +73,7 @@ def split_by_ucf_groups(videos: Iterable[Path], split: int) -> list[LabelledVide
         labelled.append(LabelledVideo(path, as_text(name[2]), as_text(name[1]), "test" if is_test else "train"))
     tested = UCF_TEST_GROUPS[split]
     reason = f" (UCF-101's split {split} tests on the groups g{tested[0]:02d} to g{tested[-1]:02d})"
-    others = ", or give another --split"
+    others = ", or give --split classes for videos in folders of their classes"
     check_splits(
         labelled, SplitRule(reason, f"add videos of other groups{others}", f"add videos of these groups{others}")
     )

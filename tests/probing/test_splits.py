@@ -128,14 +128,14 @@ def test_unusable_splits_are_refused(videos: list[LabelledVideo], message: str) 
             1,
             range(1, 8),
             r"all videos \(14\) are test videos \(UCF-101's split 1 tests on the groups g01 to g07\), and none are "
-            r"left to train on: add videos of other groups, or give another --split\.$",
+            r"left to train on: add videos of other groups, or give --split classes for videos in folders",
         ),
         (2, range(9, 12), r"all videos \(6\) are test videos \(UCF-101's split 2 tests on the groups g08 to g14\)"),
         (
             3,
             range(1, 8),
             r"all videos \(14\) are training videos \(UCF-101's split 3 tests on the groups g15 to g21\), and none are "
-            r"left to test on: add videos of these groups, or give another --split\.$",
+            r"left to test on: add videos of these groups, or give --split classes for videos in folders",
         ),
     ],
 )
