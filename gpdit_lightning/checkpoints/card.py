@@ -148,7 +148,7 @@ def _head(system: System, config: GPDiTConfig, facts: TrainingFacts, details: Ca
             dataset_type=f"held-out-{source}",
             dataset_name=f"held-out {source}",
             metric_type="loss",
-            metric_name="Loss (validation)",
+            metric_name="Loss (validation, mean over quarters of the noise levels)",
             metric_value=round(loss, 6),
         )
         for source, loss in (_mean_losses(facts.validation) if facts.validation else {}).items()
@@ -201,7 +201,7 @@ def _metrics(facts: TrainingFacts, details: CardDetails) -> list[str]:
     """Return the tables of the validation loss and of the scores."""
     parts = []
     if facts.validation:
-        rows = ["| validation | loss | noise levels 0 to 1/4 | 1/4 to 1/2 | 1/2 to 3/4 | 3/4 to 1 |"]
+        rows = ["| validation loss | mean of the four | noise levels 0 to 1/4 | 1/4 to 1/2 | 1/2 to 3/4 | 3/4 to 1 |"]
         rows.append("|---|---|---|---|---|---|")
         for source, mean in _mean_losses(facts.validation).items():
             quarters = ("-" if loss is None else f"{loss:.4f}" for loss in facts.validation.quarters[source])
