@@ -73,7 +73,10 @@ def convert(annotation: Any, value: Any, name: str, remedy: str) -> Any:
             problem = "lacks the field" if field in hints else "has the unknown field"
             raise InputError(f"{name} {problem} {field!r}: {remedy}.")
         converted = {field: convert(hints[field], value[field], f"{name}, {field}", remedy) for field in value}
-        return annotation(**converted)  # type: ignore[operator]
+        try:
+            return annotation(**converted)  # type: ignore[operator]
+        except InputError as error:  # of `__post_init__`, which does not know the file
+            raise InputError(f"{name} has values that contradict each other ({error}): {remedy}.") from None
     if origin is dict and isinstance(value, dict):
         return {key: convert(parts[1], entry, f"{name}, {key}", remedy) for key, entry in value.items()}
     if origin is tuple and isinstance(value, list):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self
 
 from gpdit_lightning.diffusion import Guidance, NoiseSchedule
 from gpdit_lightning.errors import InputError
@@ -24,9 +24,6 @@ def library_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that videos, networks and scores depend on."""
     libraries = ("gpdit_lightning", "torch", "torchmetrics", "numpy", "av", "diffusers")
     return {"python": platform.python_version()} | {name: version(name) for name in libraries}
-
-
-AnyReport = TypeVar("AnyReport", bound="Report")
 
 
 @dataclass(frozen=True)
@@ -86,6 +83,10 @@ class Protocol:
     manifold: int | None = None
     """Number of real samples for precision and recall of samples from noise alone."""
 
+    def __post_init__(self) -> None:
+        if (self.samples is None) != (self.manifold is None):
+            raise InputError(f"samples is {self.samples} and manifold {self.manifold}; both are null, or neither is")
+
 
 @dataclass(frozen=True)
 class Score:
@@ -136,17 +137,9 @@ class Report:
         Raises:
             InputError: the text is not a report; the message names a missing or unknown field.
         """
-        return _consistent(record_from_json(cls, text, name, REMEDY), name)
+        return record_from_json(cls, text, name, REMEDY)
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read a `results.json`; raises as :meth:`from_json`, and if the file is missing."""
-        return _consistent(load_record(cls, path, REMEDY), str(path))
-
-
-def _consistent(report: AnyReport, name: str) -> AnyReport:
-    """Return a report that was read; raises InputError, with the file, if its protocol contradicts itself."""
-    samples, manifold = report.protocol.samples, report.protocol.manifold
-    if (samples is None) != (manifold is None):
-        raise InputError(f"{name} has samples {samples} with manifold {manifold}; both are null or numbers: {REMEDY}.")
-    return report
+        return load_record(cls, path, REMEDY)

@@ -3,6 +3,9 @@
 Shapes: k context frames, C channels, h x w latent pixels.
 """
 
+import logging
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,9 @@ UNLIKE_TRAINING = 2.0
 # The middle of each half of the first quarter. At stronger noise, the loss of a clip depends on its contrast and motion
 # as much as on the training data: that of held-out videos of UCF-101 was up to 3.6 times the mean.
 NOISE_LEVELS = (1 / 16, 3 / 16)
+MAX_NAMED = 3  # contexts in the warning
+
+log = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
@@ -65,3 +71,16 @@ def relative_loss(
     groups = len(layout.blocks_of(range(without_loss, geometry.frames))) // layout.blocks_per_group
     first = 1 / groups if len(losses) > 1 else 1.0
     return (first * losses[0] + (1 - first) * losses[-1]) / quarters[0]
+
+
+def warn_of_unlike(losses: Iterable[tuple[str, float | None]]) -> None:
+    """Warn, in one line, of contexts that are unlike the training data, by their names and relative losses."""
+    unlike = [
+        f"{name} (loss {loss:.1f} times the validation loss)"
+        for name, loss in losses
+        if loss is not None and loss > UNLIKE_TRAINING
+    ]
+    if unlike:
+        more = f" and {len(unlike) - MAX_NAMED} more" if len(unlike) > MAX_NAMED else ""
+        shown = ", ".join(unlike[:MAX_NAMED])
+        log.warning("warning: contexts are unlike the training data, so that results may be poor: %s%s", shown, more)

@@ -19,7 +19,7 @@ from gpdit_lightning.diffusion import Guidance, make_sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.arguments import GenerationArguments, options_of_call
 from gpdit_lightning.generation.config import ClipInputs, GenerationConfig
-from gpdit_lightning.generation.context_loss import UNLIKE_TRAINING, relative_loss
+from gpdit_lightning.generation.context_loss import relative_loss, warn_of_unlike
 from gpdit_lightning.generation.contexts import VideoContext
 from gpdit_lightning.generation.frames import OutputType, check_output_type, converted, sources_of
 from gpdit_lightning.generation.plans import Clip, GenerationPlan, context_settings, plan_clips, rollout_window
@@ -35,8 +35,6 @@ from gpdit_lightning.options.shared import ModelOptions, Precision, SamplerOptio
 from gpdit_lightning.progress import progress_bar
 
 log = logging.getLogger(__name__)
-
-MAX_NAMED_CONTEXTS = 3  # in the warning about contexts that are unlike the training data
 
 
 class GPDiTPipeline:
@@ -98,9 +96,8 @@ class GPDiTPipeline:
         Raises:
             InputError: model or codec are not found, damaged or incomplete, or an argument cannot be used.
         """
-        ModelOptions(
-            checkpoint=str(checkpoint), weights=weights, precision=precision, codec=codec
-        )  # checks their types
+        # The record checks the types of its options.
+        ModelOptions(checkpoint=str(checkpoint), weights=weights, precision=precision, codec=codec)
         trained = load_trained_model(checkpoint, available_device(str(device)), weights, **hub)
         loaded = load_codec_of(trained, codec, codec_source)
         return cls(trained, loaded, precision=precision, compile=compile)
@@ -351,7 +348,9 @@ class GPDiTPipeline:
             InputError: as :func:`stream_video`.
         """
         labels = torch.tensor([clip.label for clip in clips]) if self.labels else None
-        self._warn_of_unlike_contexts(clips, self.codec.whitened(latents), config)
+        contexts = zip(clips, self.codec.whitened(latents).to(self.device), strict=True)
+        first_samples = [(clip, context) for clip, context in contexts if clip.sample == 0]
+        warn_of_unlike((clip.context.name, self.context_loss(clip, context, config)) for clip, context in first_samples)
         inputs = ClipInputs([clip.seed for clip in clips], labels)
         yield from stream_video(self.model, self.codec, latents, clips[0].frames, config, inputs)
 
@@ -365,26 +364,6 @@ class GPDiTPipeline:
         """
         label = clip.label if self.labels else None
         return relative_loss(self.trained, latents, label, config.autocast_dtype)
-
-    def _warn_of_unlike_contexts(self, clips: Sequence[Clip], context: Tensor, config: GenerationConfig) -> None:
-        """Warn, in one line, of contexts that are unlike the training data of the model.
-
-        Args:
-            clips: videos to generate; a context is checked for the first of its videos.
-            context: (B, k, C, h, w) whitened latents.
-            config: gives the precision.
-        """
-        unlike = []
-        for clip, latents in zip(clips, context.to(self.device), strict=True):
-            loss = self.context_loss(clip, latents, config) if clip.sample == 0 else None
-            if loss is not None and loss > UNLIKE_TRAINING:
-                unlike.append(f"{clip.context.name} (loss {loss:.1f} times the validation loss)")
-        if unlike:
-            shown = ", ".join(unlike[:MAX_NAMED_CONTEXTS])
-            more = f" and {len(unlike) - MAX_NAMED_CONTEXTS} more" if len(unlike) > MAX_NAMED_CONTEXTS else ""
-            log.warning(
-                "warning: contexts are unlike the training data, so that results may be poor: %s%s", shown, more
-            )
 
 
 def load_pipeline(options: ModelOptions, *, compile: bool = False) -> GPDiTPipeline:

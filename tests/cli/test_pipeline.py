@@ -97,9 +97,9 @@ def test_an_exported_run_is_loaded_by_its_folder_or_its_name_on_the_hub(workspac
         GPDiTPipeline.from_pretrained(tmp_path / "missing")
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/generation.md"])
+@pytest.mark.parametrize(("document", "out"), [("README.md", "continued.mp4"), ("docs/generation.md", "out.mp4")])
 def test_examples_of_the_documents_run(
-    document: str, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    document: str, out: str, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (Path(__file__).parents[2] / document).read_text(encoding="utf-8")
     blocks = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "GPDiTPipeline" in block]
@@ -108,7 +108,7 @@ def test_examples_of_the_documents_run(
     for block in blocks:
         code = block.replace("MY_VIDEO.mp4", str(workspace / VIDEO)).replace("seconds=60", "seconds=1")
         exec(re.sub(r'from_pretrained\(".*?"\)', f"from_pretrained({str(workspace / 'of2')!r})", code), {})
-    assert looks_like(read_video(tmp_path / "out.mp4")[:13], stripe_context(1, 23, 13))
+    assert looks_like(read_video(tmp_path / out)[:13], stripe_context(1, 23, 13))
 
 
 @pytest.mark.parametrize(

@@ -122,10 +122,13 @@ def test_a_file_that_is_not_a_report_is_refused(tmp_path: Path) -> None:
             Report.load(path)
 
 
-def test_samples_without_a_number_of_real_ones_for_precision_are_refused(report: Report) -> None:
-    text = replace(report, protocol=replace(report.protocol, samples=7)).to_json()
-    with pytest.raises(InputError, match="has samples 7 with manifold None"):
-        Report.from_json(text)
+def test_a_protocol_that_contradicts_itself_is_refused_with_the_file(report: Report, tmp_path: Path) -> None:
+    content = json.loads(report.to_json())
+    del content[CONTENT_HASH]
+    content["protocol"]["samples"] = 7
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"results\.json, protocol has values .* \(samples is 7 and manifold None"):
+        Report.load(tmp_path / "results.json")
 
 
 def test_the_tables_contain_scores_and_protocol(report: Report, tmp_path: Path) -> None:

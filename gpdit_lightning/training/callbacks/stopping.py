@@ -169,10 +169,11 @@ def end_ranks_together(trainer: Trainer) -> Iterator[None]:
 
 
 def wait_for(launched: list[Popen[bytes]]) -> None:
-    """Wait until the ranks that this process has launched have ended, since the kernel would kill them with it."""
+    """Wait, 30 s at most, until the ranks that this process has launched have ended: the kernel kills them with it."""
+    end = time.monotonic() + ENDS_WITHIN
     for process in launched:
         with suppress(TimeoutExpired):
-            process.wait(ENDS_WITHIN)
+            process.wait(max(0.0, end - time.monotonic()))
 
 
 def shut_down_process_group() -> None:
