@@ -6,7 +6,7 @@ from pathlib import Path
 from gpdit_lightning.cli.recipe_files import read_yaml
 from gpdit_lightning.diagnosis.comparison import compare
 from gpdit_lightning.diagnosis.curves import RunCurves, read_curves
-from gpdit_lightning.diagnosis.facts import DATA, GENERATION, Facts, facts_of
+from gpdit_lightning.diagnosis.facts import DATA, OWN_SETTINGS, Facts, facts_of
 from gpdit_lightning.diagnosis.references import (
     HealthyRun,
     Reference,
@@ -86,6 +86,6 @@ def reference_of_runs(folders: Sequence[Path]) -> Reference:
                 f"{folder} and {folders[0]} have other settings ({setting_texts(other)}): give runs of one recipe that "
                 "differ in their seeds."
             )
-    for group in GENERATION.values():  # some runs may have no such curve
+    for group in OWN_SETTINGS.values():  # some runs may have no such curve
         found[0][group] = next((facts[group] for facts in found if facts[group]), {})
     return Reference(", ".join(map(str, folders)), "runs on this machine", found[0], runs)

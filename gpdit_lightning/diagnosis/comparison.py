@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gpdit_lightning.diagnosis.curves import RunCurves, thinned
-from gpdit_lightning.diagnosis.facts import ERROR_RATIO, GENERATION, LOSS, TRAINING, Facts
+from gpdit_lightning.diagnosis.facts import ERROR_RATIO, LOSS, OWN_SETTINGS, TRAINING, Facts
 from gpdit_lightning.diagnosis.references import LEVELS, TAGS, Reference, differences
 
 PAGE = "docs/troubleshooting.md"
@@ -83,8 +83,8 @@ class Comparison:
         differences: settings that decide on the levels of curves and differ, with both values; without them, levels
             can be compared.
         training: settings that decide how fast curves fall and differ, with both values.
-        generation: settings of previews and scores that differ, with both values, by the curve that they belong to;
-            without them, its levels can be compared.
+        own: settings that only one curve depends on and that differ, with both values, by its tag; without them, its
+            levels can be compared.
         judged_from: the step from which values are judged.
         rows: curves beside the reference. If levels cannot be compared, values are relative to the start of each run,
             and the reference is taken at the same part of its training.
@@ -94,7 +94,7 @@ class Comparison:
     reference: Reference | None
     differences: dict[str, tuple[Any, Any]]
     training: dict[str, tuple[Any, Any]]
-    generation: dict[str, dict[str, tuple[Any, Any]]]
+    own: dict[str, dict[str, tuple[Any, Any]]]
     judged_from: int
     rows: Sequence[Row]
     findings: Sequence[Finding]
@@ -109,9 +109,9 @@ def compare(run: RunCurves, facts: Facts, reference: Reference | None) -> Compar
     """Compare the curves of a run with those of a reference, and check what needs none."""
     other, training, *of_curves = (
         {} if reference is None else differences(facts, reference.facts, groups)
-        for groups in (LEVELS, (TRAINING,), *((group,) for group in GENERATION.values()))
+        for groups in (LEVELS, (TRAINING,), *((group,) for group in OWN_SETTINGS.values()))
     )
-    generation = {tag: found for tag, found in zip(GENERATION, of_curves, strict=True) if found}
+    own = {tag: found for tag, found in zip(OWN_SETTINGS, of_curves, strict=True) if found}
     rows, findings, judged_from = list[Row](), list(counted_events(run)), first_step(facts)
     if reference is not None and not other:
         rows = list(level_rows(run, facts, reference))
@@ -129,7 +129,7 @@ def compare(run: RunCurves, facts: Facts, reference: Reference | None) -> Compar
             if row.value > NOT_FALLEN and row.high < FALLEN and row.step >= judged_from
         ]
     findings += checks(run, facts, {row.tag for row in rows})
-    return Comparison(reference, other, training, generation, judged_from, rows, findings)
+    return Comparison(reference, other, training, own, judged_from, rows, findings)
 
 
 def mean(values: Sequence[float]) -> float:

@@ -16,7 +16,7 @@ from gpdit_lightning.schema import COUNT, LIST, NUMBER_OR_NULL, OBJECT, TEXT, Co
 SOURCE_OF_STAGE = {"ImageWarmupStage": "images", "LongVideoStage": "videos", "FewShotStage": "sequences"}
 
 STAGE, SIZE, LOSS, DATA, TRAINING = "stage", "size", "loss", "data", "training"
-PREVIEW, SCORES = "preview", "scores"
+VALIDATION, PREVIEW, SCORES = "validation", "preview", "scores"
 # Fields of the backbone, by the group of their facts; the others do not change curves.
 BACKBONE = {
     SIZE: ("layers", "width", "mlp_width", "heads", "patch_size"),
@@ -26,10 +26,15 @@ BACKBONE = {
 SOURCE = {LOSS: ("frames", "least_frames", "loss_frames", "frames_without_loss"), TRAINING: ("batch_size", "tokens")}
 OF_DATA = ("context_dropout", "noise_levels", "noise_draws", "context_noise")
 OF_OPTIMIZER = ("algorithm", "learning_rate", "decay", "warmup_steps", "weight_decay")
-OF_GENERATION = ("clips", "context_frames", "sampler", "sampler_steps")
 ERROR_RATIO = "sample/rollout_error_ratio"  # of previews
-# Curves of generated videos, with the group of their settings; not every run has them.
-GENERATION = {ERROR_RATIO: PREVIEW, "scores_vs_decoded/fvd": SCORES}
+# Curves that have settings of their own, with the group of these; not every run has them.
+OWN_SETTINGS = {"loss/val": VALIDATION, ERROR_RATIO: PREVIEW, "scores_vs_decoded/fvd": SCORES}
+# The section of the recipe and its fields, by group. The loss of few batches depends on the clips and angles in them.
+OF_GROUP = {
+    VALIDATION: ("data", ("validation_batches",)),
+    PREVIEW: ("preview", ("clips", "context_frames", "sampler", "sampler_steps")),
+    SCORES: ("scores", ("clips", "context_frames", "sampler", "sampler_steps")),
+}
 
 Facts = dict[str, dict[str, Any]]
 
@@ -47,8 +52,7 @@ SCHEMA = {
         "optimizer.warmup_steps": COUNT_OR_NULL,
         "initial_weights": TEXT,
     },
-    PREVIEW: OBJECT,
-    SCORES: OBJECT,
+    **dict.fromkeys(OWN_SETTINGS.values(), OBJECT),
 }
 
 
@@ -56,8 +60,8 @@ def facts_of(recipe: Mapping[str, Any], tags: Collection[str], name: str) -> Fac
     """Return the settings of a run that its curves depend on, as names and JSON values, in groups.
 
     The groups: `stage` and `loss` decide what the losses are means of, `data` describes the data, if they are found,
-    `size` and `training` decide how fast the losses fall, and `preview` and `scores` belong to the error ratio of
-    previews and to FVD, if the run has them.
+    `size` and `training` decide how fast the losses fall, and `validation`, `preview` and `scores` belong to loss/val,
+    the error ratio of previews and FVD, if the run has them.
 
     Args:
         recipe: the content of `config.yaml` in the run folder.
@@ -89,9 +93,10 @@ def facts_of(recipe: Mapping[str, Any], tags: Collection[str], name: str) -> Fac
             **{f"trainer.{field}": recipe["trainer"].get(field) for field in ("max_steps", "gradient_clip_val")},
             "initial_weights": "of another run" if options.get("initial_weights") else "random",
         }
-        facts |= {PREVIEW: {}, SCORES: {}}
-        for group in (GENERATION[tag] for tag in GENERATION if tag in tags):
-            facts[group] = {f"{group}.{field}": recipe[group].get(field) for field in OF_GENERATION}
+        facts |= {group: {} for group in OWN_SETTINGS.values()}
+        for group in (group for tag, group in OWN_SETTINGS.items() if tag in tags):
+            section, own = OF_GROUP[group]
+            facts[group] = {f"{section}.{field}": recipe[section].get(field) for field in own}
         if facts[SCORES]:
             facts[SCORES]["scores.video_network"] = network_fact(recipe[SCORES]["video_network"])
     except (KeyError, TypeError, AttributeError) as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from gpdit_lightning.diagnosis import facts as run_facts
 from gpdit_lightning.diagnosis.curves import Curve, RunCurves
-from gpdit_lightning.diagnosis.facts import DATA, GENERATION, LOSS, SIZE, STAGE, TRAINING, Facts
+from gpdit_lightning.diagnosis.facts import DATA, LOSS, OWN_SETTINGS, SIZE, STAGE, TRAINING, Facts
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, read_bounded
 from gpdit_lightning.schema import COUNT, NUMBER, OBJECT, TEXT, check, parse_json
@@ -22,10 +22,9 @@ LEVELS = (STAGE, SIZE, LOSS, DATA)
 TAGS: dict[str, tuple[str, ...]] = {
     **{f"train/loss_q{number}": LEVELS for number in (1, 2, 3, 4)},
     "loss/train": LEVELS,
-    "loss/val": LEVELS,
     "train/grad_norm": LEVELS,
     "train/ema_distance": LEVELS,
-    **{tag: (*LEVELS, group) for tag, group in GENERATION.items()},
+    **{tag: (*LEVELS, group) for tag, group in OWN_SETTINGS.items()},
 }
 SCHEMA = {
     "format": COUNT,

@@ -76,7 +76,7 @@ def comparability(comparison: Comparison) -> list[str]:
         lines.append("The settings that determine the levels of curves are equal: levels can be compared.")
         if comparison.training:
             lines.append(f"Settings that determine how fast curves fall differ: {setting_texts(comparison.training)}.")
-        for tag, settings in comparison.generation.items():
+        for tag, settings in comparison.own.items():
             lines.append(f"{tag} cannot be compared: {setting_texts(settings)}.")
     else:
         lines += [

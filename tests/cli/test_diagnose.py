@@ -82,7 +82,14 @@ def recipe(data: Path, **changed: Any) -> dict[str, Any]:
                 "initial_weights": None,
             },
         },
-        "data": {"images": source, "videos": source, "sequences": source, "sources": [], "context_dropout": 0.1},
+        "data": {
+            "images": source,
+            "videos": source,
+            "sequences": source,
+            "sources": [],
+            "context_dropout": 0.1,
+            "validation_batches": 2,
+        },
         "trainer": {"max_steps": STEPS, "gradient_clip_val": 1.0},
         "ema": {"decay": 0.99},
         "preview": {"clips": 4, "context_frames": 2, "sampler": "rotation", "sampler_steps": 25},
@@ -239,12 +246,13 @@ def test_of_a_run_of_another_size_the_falls_are_compared(tag: str, reference: Re
 @pytest.mark.parametrize(
     ("group", "name", "tag"),
     [
+        ("data", "validation_batches", "loss/val"),
         ("preview", "context_frames", "sample/rollout_error_ratio"),
         ("scores", "sampler_steps", "scores_vs_decoded/fvd"),
         ("scores", "video_network", "scores_vs_decoded/fvd"),
     ],
 )
-def test_curves_of_generated_videos_are_compared_if_they_were_generated_and_measured_alike(
+def test_curves_with_settings_of_their_own_are_compared_if_these_are_equal(
     group: str, name: str, tag: str, reference: Reference, tiny_shards: Path
 ) -> None:
     settings, run = recipe(tiny_shards), curves_of({})
