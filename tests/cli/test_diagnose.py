@@ -1,6 +1,5 @@
 """`diagnose`: curves of generated runs beside those of healthy ones."""
 
-import logging
 import math
 import os
 import re
@@ -295,9 +294,7 @@ def test_damaged_event_files_are_read_up_to_the_damage(
     tmp_path: Path,
     tiny_shards: Path,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "propagate", True)
     run = write_run(tmp_path / "run", recipe(tiny_shards))
     (file,) = run.glob("events*")
     intact = read_curves(run)

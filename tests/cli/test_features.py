@@ -119,17 +119,13 @@ def test_the_recipe_is_that_of_section_a_2() -> None:
 
 
 def test_videos_that_cannot_be_read_are_named_and_skipped(
-    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], messages: pytest.LogCaptureFixture
 ) -> None:
-    verb.log.addHandler(caplog.handler)
-    try:
-        extract(work, tmp_path / "out", videos="damaged")
-        assert "3 of them are new, and 2 videos were skipped" in capsys.readouterr().out
-        assert sum("unreadable.mp4" in line or "short.mp4 has 12" in line for line in set(caplog.messages)) == 2
-        with pytest.raises(InputError, match=r"none of the 1 videos in .*unreadable.mp4 can be used"):
-            extract(work, tmp_path / "none", videos="damaged/unreadable.mp4")
-    finally:
-        verb.log.removeHandler(caplog.handler)
+    extract(work, tmp_path / "out", videos="damaged")
+    assert "3 of them are new, and 2 videos were skipped" in capsys.readouterr().out
+    assert sum("unreadable.mp4" in line or "short.mp4 has 12" in line for line in set(messages.messages)) == 2
+    with pytest.raises(InputError, match=r"none of the 1 videos in .*unreadable.mp4 can be used"):
+        extract(work, tmp_path / "none", videos="damaged/unreadable.mp4")
 
 
 def test_existing_features_are_not_computed_again(
@@ -166,7 +162,7 @@ def test_features_of_version_0_1_0_are_kept_and_their_checksums_recorded(work: P
 
 
 def test_features_of_a_video_that_was_replaced_are_computed_again(
-    work: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    work: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
     videos, out = shutil.copytree(work / "videos", tmp_path / "videos"), tmp_path / "out"
     extract(work, out, videos=str(videos))
@@ -175,16 +171,12 @@ def test_features_of_a_video_that_was_replaced_are_computed_again(
     first, second = (out / "jump" / name for name in ("b.npy", "c.1.npy"))
     expected = {path: path.read_bytes() for path in (first, second)}
     shutil.copy(videos / "a.mp4", videos / "jump/b.mp4")
-    verb.log.addHandler(caplog.handler)
-    try:
-        extract(work, out, videos=str(videos))
-        extract(work, out, videos=str(videos))
-    finally:
-        verb.log.removeHandler(caplog.handler)
+    extract(work, out, videos=str(videos))
+    extract(work, out, videos=str(videos))
     changed = (
         f"{videos / 'jump/b.mp4'} has another content than {out / SOURCES} records: its features are written again"
     )
-    assert {message for message in caplog.messages if "another content" in message} == {changed}
+    assert {message for message in messages.messages if "another content" in message} == {changed}
     assert first.read_bytes() == (out / "a.npy").read_bytes() != expected[first]
     assert second.read_bytes() == expected[second]
 
@@ -214,20 +206,16 @@ def test_complete_features_of_version_0_1_0_are_kept_on_a_read_only_file_system(
 
 @pytest.mark.parametrize("form", ["npy", "pickle"])
 def test_damaged_features_are_computed_again(
-    form: str, work: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    form: str, work: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
     extract(work, tmp_path, f"--format={form}")
     written = {path: path.read_bytes() for path in tmp_path.rglob("*.[np][pk][yl]")}
     first, second, third = sorted(written)
     first.write_bytes(b"" if form == "npy" else written[first][: len(written[first]) // 2])
     second.write_bytes(written[second][:-9] + b"\x01" + written[second][-8:])  # a changed value
-    features.log.addHandler(caplog.handler)
-    try:
-        extract(work, tmp_path, f"--format={form}")
-    finally:
-        features.log.removeHandler(caplog.handler)
+    extract(work, tmp_path, f"--format={form}")
     assert {path: path.read_bytes() for path in written} == written
-    warned = [f"{path} is damaged: it is written again" in caplog.messages for path in (first, second, third)]
+    warned = [f"{path} is damaged: it is written again" in messages.messages for path in (first, second, third)]
     assert warned == [True, True, False]
     first.unlink()
     os.mkfifo(first)
@@ -304,12 +292,8 @@ def test_an_error_leaves_no_folder(work: Path, tmp_path: Path, options: list[str
 
 
 def test_more_frames_than_in_training_get_a_warning(
-    work: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    work: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
-    verb.log.addHandler(caplog.handler)
-    try:
-        extract(work, tmp_path, "--frames=21", "--stride=1", videos="videos/a.mp4")
-    finally:
-        verb.log.removeHandler(caplog.handler)
-    assert "--frames is 21, but training clips had at most 17" in caplog.text
+    extract(work, tmp_path, "--frames=21", "--stride=1", videos="videos/a.mp4")
+    assert "--frames is 21, but training clips had at most 17" in messages.text
     assert VideoFeatures(tmp_path)["a"].shape == (6 + 4, 24)

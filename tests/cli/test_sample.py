@@ -21,7 +21,6 @@ from gpdit_lightning.cli import main
 from gpdit_lightning.codecs.pca import SHIPPED_WEIGHTS
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.diffusion import SAMPLERS, Guidance
-from gpdit_lightning.generation import pipeline, plans
 from gpdit_lightning.generation.context_loss import UNLIKE_TRAINING, relative_loss
 from gpdit_lightning.media.video import video_info
 from gpdit_lightning.media.video_writer import write_video
@@ -182,16 +181,12 @@ def test_of_without_a_cache(workspace: Path, tmp_path: Path) -> None:
 
 
 def test_window_longer_than_in_training_causes_a_warning(
-    workspace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    workspace: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
-    plans.log.addHandler(caplog.handler)
-    try:
-        for options, warns in ((["--window=4"], False), (["--window=3", "--sinks=2"], True)):
-            caplog.clear()
-            assert sample(workspace, tmp_path / "out.png", "--frames=8", *options) == 0
-            assert ("up to 5 others (--window and --sinks), but in training to at most 4" in caplog.text) == warns
-    finally:
-        plans.log.removeHandler(caplog.handler)
+    for options, warns in ((["--window=4"], False), (["--window=3", "--sinks=2"], True)):
+        messages.clear()
+        assert sample(workspace, tmp_path / "out.png", "--frames=8", *options) == 0
+        assert ("up to 5 others (--window and --sinks), but in training to at most 4" in messages.text) == warns
 
 
 def test_label_is_given_by_name_by_number_or_by_the_shard(workspace: Path, tmp_path: Path) -> None:
@@ -310,26 +305,22 @@ def test_python_example_of_the_documentation_runs(workspace: Path) -> None:
 
 
 def test_guidance_over_a_context_that_was_never_left_out_is_named(
-    workspace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    workspace: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
     trained = load_trained_model(workspace / "unlabelled")
-    pipeline.log.addHandler(caplog.handler)
-    try:
-        for dropout, guidance, warns in ((0.0, "1.5", True), (0.0, "1", False), (0.1, "1.5", False)):
-            data = trained.backbone.facts.data | {"data.context_dropout": dropout}
-            trained.backbone.facts = replace(trained.backbone.facts, data=data)
-            folder = tmp_path / f"{dropout}-{guidance}"
-            trained.backbone.save_pretrained(folder)
-            caplog.clear()
-            options = ["--frames=4", "--formats=safetensors", f"--guidance={guidance}"]
-            assert sample(workspace, tmp_path / f"{folder.name}_out", *options, model=folder) == 0
-            assert ("trained with data.context_dropout 0" in caplog.text) == warns
-    finally:
-        pipeline.log.removeHandler(caplog.handler)
+    for dropout, guidance, warns in ((0.0, "1.5", True), (0.0, "1", False), (0.1, "1.5", False)):
+        data = trained.backbone.facts.data | {"data.context_dropout": dropout}
+        trained.backbone.facts = replace(trained.backbone.facts, data=data)
+        folder = tmp_path / f"{dropout}-{guidance}"
+        trained.backbone.save_pretrained(folder)
+        messages.clear()
+        options = ["--frames=4", "--formats=safetensors", f"--guidance={guidance}"]
+        assert sample(workspace, tmp_path / f"{folder.name}_out", *options, model=folder) == 0
+        assert ("trained with data.context_dropout 0" in messages.text) == warns
 
 
 def test_contexts_unlike_the_training_data_are_named(
-    workspace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    workspace: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
     """Relative to the validation loss in the exported model; the generated frames do not depend on it."""
     trained = load_trained_model(workspace / "unlabelled")
@@ -344,18 +335,14 @@ def test_contexts_unlike_the_training_data_are_named(
     between = (losses["1"] + losses["gray"]) / (2 * UNLIKE_TRAINING)
     assert losses["1"] > 1.05 * losses["gray"]
     warnings = {}
-    pipeline.log.addHandler(caplog.handler)
-    try:
-        for name, reference in (("unknown", None), ("large", losses["1"]), ("between", between)):
-            validation = reference and ValidationLoss(1, {"videos": (reference,) * 4})
-            trained.backbone.facts = replace(trained.backbone.facts, validation=validation)
-            trained.backbone.save_pretrained(tmp_path / name)
-            caplog.clear()
-            options = ["--frames=4", "--samples=2", "--formats=safetensors", "--context", tmp_path / "gray.mp4"]
-            assert sample(workspace, tmp_path / f"{name}_out", *options, workspace / VIDEO, model=tmp_path / name) == 0
-            warnings[name] = {line for line in caplog.messages if "unlike the training data" in line}
-    finally:
-        pipeline.log.removeHandler(caplog.handler)
+    for name, reference in (("unknown", None), ("large", losses["1"]), ("between", between)):
+        validation = reference and ValidationLoss(1, {"videos": (reference,) * 4})
+        trained.backbone.facts = replace(trained.backbone.facts, validation=validation)
+        trained.backbone.save_pretrained(tmp_path / name)
+        messages.clear()
+        options = ["--frames=4", "--samples=2", "--formats=safetensors", "--context", tmp_path / "gray.mp4"]
+        assert sample(workspace, tmp_path / f"{name}_out", *options, workspace / VIDEO, model=tmp_path / name) == 0
+        warnings[name] = {line for line in messages.messages if "unlike the training data" in line}
     assert warnings["unknown"] == warnings["large"] == set()
     (warning,) = warnings["between"]
     assert warning.endswith(f"may be poor: 1 (loss {losses['1'] / between:.1f} times the validation loss)")

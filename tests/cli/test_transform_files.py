@@ -272,16 +272,12 @@ def test_examples_of_an_image_do_not_contain_it(workspace: Path, tmp_path: Path)
         assert nearly_equal(read((tmp_path / "out" / name).with_suffix(".png")), result)
 
 
-def test_unusual_examples_cause_warnings(workspace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    verb.log.addHandler(caplog.handler)
-    try:
-        assert run(workspace, "--source", workspace / "sources/a.png", "--out", tmp_path / "out.png") == 0
-        assert "warning" not in caplog.text
-        source = ["--source", workspace / "sources/a.png"]
-        assert run(workspace, *source, "--out", tmp_path / "out.png", "--pairs=3") == 0
-    finally:
-        verb.log.removeHandler(caplog.handler)
-    assert "--pairs is 3, but training gave at most 2" in caplog.text
+def test_unusual_examples_cause_warnings(workspace: Path, tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
+    assert run(workspace, "--source", workspace / "sources/a.png", "--out", tmp_path / "out.png") == 0
+    assert "warning" not in messages.text
+    source = ["--source", workspace / "sources/a.png"]
+    assert run(workspace, *source, "--out", tmp_path / "out.png", "--pairs=3") == 0
+    assert "--pairs is 3, but training gave at most 2" in messages.text
 
 
 @pytest.mark.parametrize(

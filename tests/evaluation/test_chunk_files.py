@@ -8,9 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpdit_lightning import recalled_files
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation import chunk_files
 from gpdit_lightning.evaluation.chunk_files import ChunkFiles, complete_chunks, source_identities, write_chunk
 
 SETTINGS = {"guidance": {"context": 1.5}, "size": (32, 32)}
@@ -59,11 +57,7 @@ def test_a_damaged_file_is_no_complete_chunk(tmp_path: Path, kind: str, caplog: 
     for file in (path, intact, tmp_path / "000018.safetensors"):
         write_chunk(file, ["clip a"], {"truth/video": torch.ones(1, 9)}, SETTINGS)
     damage(path, kind)
-    recalled_files.log.addHandler(caplog.handler)
-    try:
-        assert complete_chunks([path, intact, tmp_path / "000019.safetensors"], SETTINGS, {}) == {intact}
-    finally:
-        recalled_files.log.removeHandler(caplog.handler)
+    assert complete_chunks([path, intact, tmp_path / "000019.safetensors"], SETTINGS, {}) == {intact}
     (message,) = set(caplog.messages)
     assert message.startswith(f"{path} is ")
     assert message.endswith(": it is computed again.")
@@ -86,15 +80,10 @@ def test_results_of_videos_that_changed_are_no_complete_chunk(tmp_path: Path, ca
     shutil.copy(videos[1], copy)  # another time and inode
     copy.replace(videos[1])
     assert is_complete()
-    monitored = chunk_files.log
-    monitored.addHandler(caplog.handler)
-    try:
-        content = videos[1].read_bytes()
-        for changed in (b"x" + content[1:], content[:-1] + b"x", content[:-1], content + b"\0"):
-            videos[1].write_bytes(changed)
-            assert not is_complete()
-    finally:
-        monitored.removeHandler(caplog.handler)
+    content = videos[1].read_bytes()
+    for changed in (b"x" + content[1:], content[:-1] + b"x", content[:-1], content + b"\0"):
+        videos[1].write_bytes(changed)
+        assert not is_complete()
     assert set(caplog.messages) == {f"{chunk} is of videos or images that have changed since: it is computed again"}
     videos[1].write_bytes(content)
     assert is_complete()

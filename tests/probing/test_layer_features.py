@@ -57,9 +57,8 @@ def extract(model: GPDiT, videos: list[Path], **options: Any) -> LayerFeatures:
 
 
 def test_features_equal_those_of_each_video_alone(
-    model: GPDiT, videos: list[Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    model: GPDiT, videos: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(layer_features.log.parent, "propagate", True)  # the command line disables it
     with caplog.at_level(logging.WARNING, logger=layer_features.log.name):
         result = extract(model, videos)
     assert "2.mp4" in caplog.text
@@ -97,7 +96,6 @@ def test_a_stopped_run_resumes_from_the_cache(
         return read_clip(path, *arguments, **options)
 
     monkeypatch.setattr(layer_features, "read_clip", counting_read_clip)
-    monkeypatch.setattr(layer_features.log, "handlers", [caplog.handler])
     monkeypatch.setattr(layer_features, "VIDEOS_PER_FILE", 2)
     uncached = extract(model, videos)
     assert uncached.paths == [videos[number] for number in (0, 1, 3, 4)]

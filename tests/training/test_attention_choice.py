@@ -44,11 +44,9 @@ def _emulated() -> Iterator[None]:
 
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
-    """The lines that were logged about backends; the command line keeps the package's messages from the root."""
-    backends.log.addHandler(caplog.handler)
+    """The lines that were logged about backends."""
     with caplog.at_level(logging.INFO, logger=backends.log.name):
         yield lambda: list(dict.fromkeys(r.getMessage() for r in caplog.records if r.name == backends.log.name))
-    backends.log.removeHandler(caplog.handler)
 
 
 def choose(record: Path, memory_gib: float, config: GPDiTConfig = CONFIG) -> str:
