@@ -1,18 +1,4 @@
-"""The HTTP server of the page: uploads, requests, streams of events, and downloads.
-
-| request | answer |
-|---|---|
-| `GET /` | the page; its files are `/page.css`, `/page.js`, `/icon.svg` |
-| `GET /api/model` | properties of the model, the limits and the initial settings |
-| `POST /api/uploads?name=NAME&start=SECONDS`, body: the file | `{id, fps, duration, images}`: the given frames |
-| `POST /api/videos`, body: JSON of the settings | `{id}` of a job |
-| `GET /api/videos/ID/events` | its events as they occur (server-sent events) |
-| `POST /api/videos/ID/stop` | `{}`; the frames so far are kept |
-| `GET /api/videos/ID.mp4` | the given and the generated frames |
-
-The given frames of a video begin at `start`; without it they are its last ones. The answer after an error is `{"error":
-SENTENCE}`.
-"""
+"""The HTTP server of the page: uploads, requests, streams of events, and downloads (docs/reference/http.md)."""
 
 import asyncio
 import contextlib

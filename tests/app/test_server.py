@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import re
 import signal
@@ -27,15 +28,18 @@ from PIL import Image
 from torch import Tensor
 
 from gpdit_lightning.app import jobs, server
+from gpdit_lightning.app.requests import Number, parse_request, settings_of
 from gpdit_lightning.app.uploads import UploadLimits, read_upload
 from gpdit_lightning.cli import main
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.pipeline import GPDiTPipeline
 from gpdit_lightning.media.video import iterate_frames, video_info
 from gpdit_lightning.media.video_writer import write_video
+from gpdit_lightning.options.app import AppOptions
 from gpdit_lightning.options.sample import GenerationOptions
 from tests.app.conftest import Client
 
+ROOT = Path(__file__).parents[2]
 GIVEN = 9  # frames of a context: the clips of the model have 4 latent frames
 LONG: dict[str, Any] = {"seconds": 30, "steps": 200}  # minutes, unless it is stopped
 
@@ -213,6 +217,7 @@ def test_an_unusable_file_is_refused_by_a_sentence(
         ({"size": "640x640"}, "Size is '640x640'"),
         ({"context": "../../etc/passwd"}, "The uploaded file is no longer kept: choose it again."),
         ({"window": 1}, "There is no setting 'window'"),
+        ({"label_guidance": 2}, "label_guidance is given without a label: give one, or leave label_guidance out."),
         ({"label": "x" * 20_000}, "/api/videos was refused (Request Entity Too Large)."),
     ],
 )
@@ -220,6 +225,46 @@ def test_an_invalid_setting_is_refused_by_a_sentence(settings: dict[str, Any], w
     status, answer = client.submit(**settings)
     assert status in (400, 413)
     assert answer["error"].startswith(words), answer
+
+
+def test_a_setting_without_effect_is_refused(client: Client) -> None:
+    _, given = client.upload(png(32, 32))
+    status, answer = client.submit(context=given["id"], size="32x48")
+    assert (status, answer["error"]) == (400, "Size is given with a context, which determines it: leave size out.")
+
+
+def test_an_empty_request_has_the_defaults_within_the_limits(client: Client) -> None:
+    options = AppOptions(checkpoint="MODEL", sampler="adams", steps=3, label_guidance=4, max_seconds=1)
+    request = parse_request({}, client.pipeline, options, {})
+    assert (request.context, request.seconds) == (None, 1)
+    assert request.options == GenerationOptions(sampler="adams", steps=3)
+
+
+def test_every_request_and_field_is_documented(client: Client) -> None:
+    """The tables of settings and of requests are those of the code, and all fields of answers are explained."""
+    text = (ROOT / "docs" / "reference" / "http.md").read_text(encoding="utf-8")
+    for name, setting in settings_of(AppOptions(checkpoint="MODEL")).items():
+        if isinstance(setting, Number):
+            values = f"{setting.least:g} to {setting.most:.10g} | {setting.default:g}"
+            row = f"| `{name}` | {'integer' if setting.whole else 'number'} | {values} |"
+        else:
+            values = ", ".join(setting.choices) or f"`{name}s` of the model"
+            row = f"| `{name}` | text | {values} | {setting.default or 'null'}"
+        assert row in text
+    documented = set(re.findall(r"^\| `(GET|POST) (/[^`?]*)", text, flags=re.MULTILINE))
+    app = server.Server(client.pipeline, AppOptions(checkpoint="MODEL"), "", client.folder).app()
+    routes = {(route.method, route.resource.canonical) for route in app.router.routes() if route.resource}
+    pages = {("GET", path) for path in server.PAGE_FILES if path != "/"}
+    assert {route for route in routes - pages if route[0] != "HEAD"} == documented
+    assert all(f"`{path}`" in text for _, path in pages)
+    model = json.loads(client.request("GET", "/api/model")[1])
+    _, upload = client.upload(png(32, 32))
+    fields = {*model, *model["initial"], *model["limits"], *upload}
+    events = list(client.events(client.start(seconds=0.1)))
+    assert len(events) == 4
+    for kind, content in events:
+        fields |= {kind, *content}
+    assert [field for field in sorted(fields) if f"`{field}`" not in text] == []
 
 
 def test_a_stopped_video_keeps_its_frames(client: Client, tmp_path: Path) -> None:
