@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gpdit_lightning.errors import InputError, message_line
-from gpdit_lightning.names import number_in
+from gpdit_lightning.names import counted, number_in
 
 if TYPE_CHECKING:
     import torch
@@ -139,12 +139,44 @@ def available_device(name: str) -> "torch.device":
     if name == "auto":
         return torch.device("cpu")
     try:
-        device = torch.empty(0, device=name).device
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"torch has no device {name!r}: give auto, cpu or cuda.") from None
+    if missing := missing_gpu(device.type):
+        raise InputError(f"the device {name!r} cannot be used, since {missing}, or give auto or cpu.")
+    try:
+        device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, ImportError) as error:  # the last for a device of a package, such as hpu
-        raise InputError(f"the device {name!r} cannot be used ({message_line(error)}): try cpu or cuda.") from None
+        reason = message_line(error).partition(". ")[0]
+        if device.type == "cuda":  # with a number
+            reason = f"torch finds {counted(torch.cuda.device_count(), 'GPU')}, numbered from 0"
+        raise InputError(f"the device {name!r} cannot be used ({reason}): give auto, cpu or cuda.") from None
     if device.type == "meta":
-        raise InputError("the device 'meta' stores no values: try cpu or cuda.")
+        raise InputError("the device 'meta' stores no values: give auto, cpu or cuda.")
     return device
+
+
+def missing_gpu(kind: str) -> str | None:
+    """Return why torch has no GPU of a kind, with the cure, as part of a sentence; None if it has one.
+
+    Args:
+        kind: `cuda` or `mps`; None is returned for any other.
+    """
+    import torch
+
+    if kind == "mps" and not torch.backends.mps.is_available():
+        return f"torch {torch.__version__} finds no GPU of Apple: use a Mac that has one"
+    if kind != "cuda" or torch.cuda.is_available():
+        return None
+    if not torch.backends.cuda.is_built():
+        return (
+            f"torch {torch.__version__} is built without CUDA: install a build with it (see pytorch.org) if this "
+            "machine has an NVIDIA GPU"
+        )
+    return (
+        f"torch {torch.__version__} finds no GPU: check the driver with nvidia-smi, and the environment variable "
+        "CUDA_VISIBLE_DEVICES"
+    )
 
 
 def has_bf16(device: "torch.device") -> bool:

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import Namespace
 from lightning import Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import (
     Callback,
     GradientAccumulationScheduler,
@@ -27,13 +29,15 @@ from gpdit_lightning.cli.value_checks import (
     check_options,
     check_values,
 )
-from gpdit_lightning.devices import has_bf16
+from gpdit_lightning.devices import has_bf16, missing_gpu
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import did_you_mean, import_object, is_import_path, resolve
-from gpdit_lightning.names import check_local
+from gpdit_lightning.names import check_local, counted, number_in
 from gpdit_lightning.options.shared import MAX_SEED, RecipeOptions
 from gpdit_lightning.training.loggers import RunFolderTensorBoard, place_in_run_folder
 from gpdit_lightning.training.strategies import ZERO_NAMES, register_strategies
+
+log = logging.getLogger(__name__)
 
 # Defaults that differ from Lightning's.
 DEFAULTS: dict[str, Any] = {
@@ -252,6 +256,47 @@ def check_precision(setting: Any, device: torch.device) -> None:
     raise InputError(f"trainer.precision is {name}, {obstacle}: use {cure}.")
 
 
+def check_accelerator(accelerator: Any, devices: Any) -> None:
+    """Check that this machine has the devices on which a recipe trains.
+
+    Args:
+        accelerator: `trainer.accelerator` of the recipe: a name, or an accelerator, which checks itself.
+        devices: `trainer.devices`.
+
+    Raises:
+        InputError: the accelerator is unknown or not found, or has fewer devices.
+    """
+    if not isinstance(accelerator, str):
+        return
+    names = ["auto", "gpu", *sorted(AcceleratorRegistry.available_accelerators())]
+    if accelerator not in names:
+        advice = did_you_mean(accelerator, names) or f": give one of {', '.join(names)}"
+        raise InputError(f"trainer.accelerator '{accelerator}' is not known{advice}.")
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    gpu = "mps" if has_mps else "cuda"  # in Lightning's order
+    name = {"gpu": gpu, "auto": gpu if has_cuda or has_mps else "cpu"}.get(accelerator, accelerator)
+    if missing := missing_gpu(name):
+        raise InputError(
+            f"trainer.accelerator is {accelerator}, but {missing}, or set trainer.accelerator to auto or cpu."
+        )
+    if name == "tpu" and not AcceleratorRegistry[name]["accelerator"].is_available():
+        raise InputError("trainer.accelerator is tpu, but no TPU is found: set trainer.accelerator to auto or cpu.")
+    numbers = devices if isinstance(devices, list) else re.findall(r"\d+", str(devices)) if "," in str(devices) else []
+    highest = max((int(number) + 1 for number in numbers), default=number_in(str(devices)) or 0)
+    if name == "cpu" and numbers:
+        raise InputError(
+            f"trainer.devices is {devices}, which are numbers of GPUs, but training is on the CPU: give a number of "
+            "processes."
+        )
+    if name == "cpu" and accelerator == "auto" and highest > 1:
+        log.info("%s; so %d processes train on the CPU", missing_gpu(gpu), highest)
+    if name == "cuda" and highest > (present := torch.cuda.device_count()):
+        raise InputError(
+            f"trainer.devices is {devices}, but torch finds {counted(present, 'GPU')}, numbered from 0: give auto for "
+            "all of them, or check the environment variable CUDA_VISIBLE_DEVICES."
+        )
+
+
 def check_trainer(settings: Mapping[str, Any], max_ranks: int) -> None:
     """Check settings that Lightning accepts, or refuses only after it has launched the ranks.
 
@@ -262,6 +307,7 @@ def check_trainer(settings: Mapping[str, Any], max_ranks: int) -> None:
     Raises:
         InputError: a setting cannot be used.
     """
+    check_accelerator(settings["accelerator"], settings["devices"])
     for name in ("devices", "num_nodes"):
         value = settings[name]
         number = int(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+", value) else value

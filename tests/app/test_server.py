@@ -452,8 +452,8 @@ def test_ctrl_c_ends_the_server_during_a_generation(
     [
         ("--guidance_levels=[1,0]", "guidance at noise levels from 1.0 to 0.0 is not a range"),
         ("--sampler=os.system", "sampler 'os.system' is not a subclass of"),
-        ("--device=meta", "the device 'meta' stores no values: try cpu or cuda."),
-        ("--device=hpu", "the device 'hpu' cannot be used (No module named 'torch.hpu'): try cpu or cuda."),
+        ("--device=meta", "the device 'meta' stores no values: give auto, cpu or cuda."),
+        ("--device=hpu", "the device 'hpu' cannot be used (No module named 'torch.hpu'): give auto, cpu or cuda."),
         (f"--host={'x' * 300}", "the page cannot be served at --host x"),
         ("--host=caf\udce9", "the page cannot be served at --host caf"),
     ],

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.cli import main
-from gpdit_lightning.cli.trainer_settings import check_precision
+from gpdit_lightning.cli.trainer_settings import check_accelerator, check_precision
+from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.settings import selected_precision
 from gpdit_lightning.model.attention.backends import BACKENDS, register_attention_backend, sdpa
@@ -41,6 +42,63 @@ def test_a_precision_that_the_device_does_not_support(setting: Any, device: str,
 def test_precisions_that_are_supported() -> None:
     for setting, device in ((None, "cpu"), ("bf16-mixed", "cpu"), ("64-true", "cpu"), (16, "cuda"), ("32-true", "mps")):
         check_precision(setting, torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("is_built", "gpus", "accelerator", "devices", "message"),
+    [
+        (False, 0, "gpu", 1, "accelerator is gpu, but torch .* is built without CUDA: install .* or cpu"),
+        (True, 0, "cuda", "auto", "accelerator is cuda, but torch .* finds no GPU: check the driver .* or cpu"),
+        (True, 2, "mps", 1, "accelerator is mps, but torch .* finds no GPU of Apple: .* or cpu"),
+        (True, 2, "tpu", 1, "accelerator is tpu, but no TPU is found: .* or cpu"),
+        (True, 2, "GPU", 1, r"accelerator 'GPU' is not known: give one of auto, gpu, cpu, "),
+        (
+            True,
+            2,
+            "auto",
+            8,
+            "devices is 8, but torch finds 2 GPUs, .*: give auto for all of them, or check ",
+        ),
+        (True, 2, "gpu", "0,2", "devices is 0,2, but torch finds 2 GPUs, numbered from 0: "),
+        (True, 0, "auto", [1], r"devices is \[1\], which are numbers of GPUs, but training is on the CPU: give a "),
+    ],
+)
+def test_devices_that_are_not_found_are_refused_with_the_reason(
+    is_built: bool,
+    gpus: int,
+    accelerator: str,
+    devices: Any,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    messages: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: is_built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(InputError, match=f"^trainer.{message}"):
+        check_accelerator(accelerator, devices)
+    for usable, number in (("cpu", 8), ("auto", gpus or 8), ("auto", "auto")):
+        check_accelerator(usable, number)
+    notes = [record.getMessage() for record in messages.records]
+    assert [note.rpartition("; ")[2] for note in notes] == ([] if gpus else ["so 8 processes train on the CPU"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cuda", "the device 'cuda' cannot be used, since torch .* is built without CUDA: install .*, or give auto "),
+        ("cuda:1", "the device 'cuda:1' cannot be used, since torch .* is built without CUDA: "),
+        ("mps", "the device 'mps' cannot be used, since torch .* finds no GPU of Apple: "),
+        ("tpu", "torch has no device 'tpu': give auto, cpu or cuda"),
+    ],
+)
+def test_a_device_of_a_verb_that_is_not_found_is_refused_with_the_reason(
+    name: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=f"^{message}"):
+        available_device(name)
 
 
 @pytest.mark.parametrize(("native", "automatic"), [(True, "bf16"), (False, "32")])
