@@ -1,8 +1,8 @@
 """The commands of README.md and of the first pages of docs/ run in their order, in an empty directory, from a wheel.
 
 The commands are those of the code blocks as they are written, without the excluded ones. Options that lower the number
-of steps and frames are appended to them. Words in capitals stand for files of a user, which are generated; `MODEL`,
-`FEW_SHOT` and `runs/NAME` are links to runs that earlier commands train.
+of steps and frames are appended to them. Words in capitals stand for files of a user, which are generated; `runs/NAME`
+is a link to a run that an earlier command trains.
 """
 
 import json
@@ -31,6 +31,7 @@ TIME_LIMIT = 900  # seconds, for a command that does not end
 NEEDS_DEMO = re.compile(r"gpdit_lightning demo|runs/demo")
 EXCLUDED = {
     r"python3 -m venv|\.venv|pip install|pytest": "installs the package, which is installed here, or runs this test",
+    r"^ln -s": "links data of the demo, in place of those of a user",
     r"tensorboard|gpdit_lightning app": "serves until it is stopped",
     r"latents/mine\b": "downloads the WanVAE, or trains GPDiT-H with 2.28B parameters on its latents",
     r"recipes/": "reads the recipes of a clone",
@@ -87,7 +88,7 @@ def make_files_of_a_user(folder: Path) -> None:
     for number in range(9):
         height, width = sizes[number % 3]
         video = torch.cat([stripes(number)] * 2, dim=3).repeat(1, 1, 3, 1)[..., :height, :width]
-        path = f"MY_VIDEOS/{number}.mp4" if number < 8 else "MY_VIDEO.mp4"
+        path = f"MY_VIDEOS/digit_{number:04}.mp4" if number < 8 else "MY_VIDEO.mp4"
         (folder / path).parent.mkdir(exist_ok=True)
         write_video(folder / path, video[: 60 - 5 * (number % 3)], (24, 30, 60)[number % 3])
         (folder / "CLASSES" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
@@ -99,9 +100,7 @@ def make_files_of_a_user(folder: Path) -> None:
         save_image(folder / name, stripes(9)[0])
     links = {
         "VIDEOS": "MY_VIDEOS",
-        "MODEL": "runs/tiny/stage2_mixed",
         "runs/NAME": "tiny/stage2_mixed",
-        "FEW_SHOT": "runs/tiny/stage4_few_shot",
     }
     (folder / "runs").mkdir()
     for name, target in links.items():
