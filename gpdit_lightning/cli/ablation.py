@@ -18,6 +18,7 @@ from gpdit_lightning.cli.parsing import option_names
 from gpdit_lightning.cli.plan_trial import warnings_only
 from gpdit_lightning.cli.recipe_cli import build_recipe, parse_recipe
 from gpdit_lightning.cli.recipe_files import read_yaml, with_bases
+from gpdit_lightning.cli.trainer_settings import check_steps
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.data.selection import load_manifest, no_source_error, select_from_recipe
 from gpdit_lightning.errors import InputError
@@ -191,10 +192,7 @@ def read_ablation(options: AblateOptions) -> Ablation:
     words = base_words(options)
     base = parse_recipe("ablate", words)
     steps = base.trainer.max_steps
-    if steps < 1:
-        raise InputError(
-            f"trainer.max_steps of the base recipe is {steps}: it is the budget, so give a number of steps."
-        )
+    check_steps("trainer.max_steps of the base recipe", steps)
     estimated = estimated_recipe(base)
     costs = RunCosts.of_steps(estimated.run, steps)
     arms = list[Arm]()

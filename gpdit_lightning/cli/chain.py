@@ -24,6 +24,7 @@ from gpdit_lightning.cli import fit
 from gpdit_lightning.cli.failures import DEBUG
 from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path
+from gpdit_lightning.cli.trainer_settings import check_steps
 from gpdit_lightning.data.selection import (
     Selection,
     and_list,
@@ -141,8 +142,8 @@ def read_stages(configs: Sequence[str], others: Sequence[str]) -> Chain:
         weights = [f"--model.init_args.initial_weights={before.run_dir}"] if before else []
         options = RecipeOptions(config=[str(path) for path in (recipe, *overlays)], overrides=[*others, *weights])
         settings = parse_stage(options, recipe)
-        if settings.trainer.max_steps < 1:
-            raise InputError(f"{recipe}: trainer.max_steps is {settings.trainer.max_steps}: set a number of steps.")
+        steps = settings.trainer.max_steps
+        check_steps(f"{recipe}: trainer.max_steps", steps)
         name = f"stage {number} of {len(recipes)}"
         selection = select_from_recipe(settings.data)
         reason = reason_to_leave_out(selection, before.sources if before else {})
@@ -157,7 +158,6 @@ def read_stages(configs: Sequence[str], others: Sequence[str]) -> Chain:
         if note:
             notes.append(f"{name}: {note}")
             options = replace(options, overrides=[*options.overrides, f"--run_dir={run_dir}"])
-        steps = settings.trainer.max_steps
         stages.append(Stage(f"{name}, {run_dir}", options, run_dir, steps, selection.configs, state))
     if not stages:
         raise InputError(f"{path} has no stage with data ({'; '.join(notes)}): {how_to_prepare(KINDS)}.")

@@ -160,8 +160,6 @@ def fit(options: RecipeOptions) -> Trainer:
 def _fit(options: RecipeOptions) -> Trainer:
     cli = build_recipe("fit", options.fit_arguments)
     trainer = cli.trainer
-    if trainer.max_steps == 0:
-        raise InputError("trainer.max_steps is 0: set a number of steps.")
     files = RunFolderFiles(Path(trainer.default_root_dir))
     with lock_run_folder(trainer), restored_without_a_step(trainer, files):
         if trainer.is_global_zero:

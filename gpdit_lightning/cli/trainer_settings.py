@@ -73,6 +73,7 @@ REPLACED: dict[str, str] = {name: instead for name, (_, instead) in FIXED.items(
     "sync_batchnorm": "leave it out, since the model has no batch normalization",
     "val_check_interval": "set validate_every_steps, in optimizer steps",
 }
+BATCH_LIMITS = ("limit_val_batches", "limit_test_batches")  # settings
 MAX_STEPS = 2**40  # the number of their micro-batches fits into 64 bits
 # Values of REPLACED settings in the config.yaml of earlier runs; the other settings have Lightning's defaults there.
 EARLIER_DEFAULTS = {"check_val_every_n_epoch": None, "use_distributed_sampler": False}
@@ -94,7 +95,8 @@ HELP = {
     "trainer.max_steps": "Optimizer steps of the run.",
     "trainer.min_steps": "Minimum number of optimizer steps before a callback may stop the run.",
     "trainer.max_time": "Stop after this time, as DD:HH:MM:SS; the same command resumes.",
-    "trainer.limit_val_batches": "Number (int) or fraction (float) of the validation batches to use; by default all.",
+    "trainer.limit_val_batches": "Number (1: one) or fraction (1.0: all) of the validation batches to use; by default "
+    "all.",
     "trainer.limit_test_batches": "The same for `test`.",
     "trainer.num_sanity_val_steps": "Validation batches before training, as a test; -1 for all.",
     "trainer.log_every_n_steps": "Optimizer steps between logged values.",
@@ -127,6 +129,10 @@ class TrainingParser(RecipeParser):
             self.add_argument(f"--{name}", type=Any, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         for action in self._actions:
             action.help = HELP.get(action.dest, action.help)
+            if action.dest.removeprefix("trainer.") in BATCH_LIMITS:
+                # Lightning's Union[int, float] may be the equal Union[float, int] of typing's cache, which would turn 1
+                # (one batch) into 1.0 (all batches).
+                vars(action)["_typehint"] = int | float | None
 
     def validate(self, cfg: Namespace, *arguments: Any, **options: Any) -> None:
         """Validate, refuse settings that a recipe cannot set, and set the folders of loggers."""
@@ -312,7 +318,8 @@ def check_trainer(settings: Mapping[str, Any], max_ranks: int) -> None:
         value = settings[name]
         number = int(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+", value) else value
         ranks = len(value) if isinstance(value, list) else number
-        if isinstance(ranks, int) and (ranks > max_ranks or ranks == 0):
+        is_all = name == "devices" and ranks == -1
+        if isinstance(ranks, int) and not (is_all or 1 <= ranks <= max_ranks):
             cure = f"give 1 to {max_ranks}, or raise data.max_ranks, which is {max_ranks} and sets the data order"
             raise InputError(f"trainer.{name} is {value}: {cure}.")
     time = settings["max_time"]
@@ -322,9 +329,19 @@ def check_trainer(settings: Mapping[str, Any], max_ranks: int) -> None:
     clip = settings["gradient_clip_val"]
     if clip is not None and not clip >= 0:
         raise InputError(f"trainer.gradient_clip_val is {clip}: give a positive number, or null for no clipping.")
-    for name, least in (("max_steps", 0), ("min_steps", 0), ("num_sanity_val_steps", -1)):
-        if settings[name] is not None and not least <= settings[name] <= MAX_STEPS:
-            raise InputError(f"trainer.{name} is {settings[name]}: give {least} to {MAX_STEPS:,}.")
+    for name, least in (("max_steps", 1), ("min_steps", 0), ("num_sanity_val_steps", -1)):
+        check_steps(f"trainer.{name}", settings[name], least)
+    for name in BATCH_LIMITS:
+        limit = settings[name]
+        if limit is not None and not (0 <= limit <= 1 or (limit > 1 and limit % 1 == 0)):
+            cure = "give a number of batches (0, 1, 2, ...), or a fraction of them (from 0.0 to 1.0)"
+            raise InputError(f"trainer.{name} is {limit}: {cure}.")
+
+
+def check_steps(name: str, value: int | None, least: int = 1) -> None:
+    """Raise `InputError` unless a setting is a number of steps from `least` to `MAX_STEPS`; None is accepted."""
+    if value is not None and not least <= value <= MAX_STEPS:
+        raise InputError(f"{name} is {value}: give a number from {least} to {MAX_STEPS:,}.")
 
 
 def check_seed(seed: Any) -> None:

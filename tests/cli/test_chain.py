@@ -277,7 +277,7 @@ def test_a_chain_ends_with_a_stage_that_reaches_its_time_limit(
     assert main([*command, "--run_dir=one"]) == 2
     assert "have the run folder one: give --runs" in capsys.readouterr().err
     assert main([*command, "--trainer.max_steps=-1"]) == 2
-    assert "ImageWarmupStage.yaml: trainer.max_steps is -1: set a number of steps." in capsys.readouterr().err
+    assert "ImageWarmupStage.yaml: trainer.max_steps is -1: give a number from 1 to " in capsys.readouterr().err
     assert main(command) == 0
 
 

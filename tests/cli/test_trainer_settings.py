@@ -13,12 +13,14 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.cli.trainer_settings import (
+    DEFAULTS,
     EARLIER_DEFAULTS,
     FIXED,
     LIGHTNING_DEFAULTS,
     REPLACED,
     callbacks_of,
     check_interval,
+    check_trainer,
     loggers_of,
     strategy_of,
 )
@@ -106,3 +108,34 @@ def test_an_interval_is_a_number_of_steps(value: int | None, least: int) -> None
     check_interval("name", least, least)
     with pytest.raises(InputError, match=f"^name is {value}: give a number of optimizer steps, at least {least}"):
         check_interval("name", value, least)
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted", "refused", "cure"),
+    [
+        ("max_steps", [1], [-5, -1, 0, 2**41], "give a number from 1 to 1,099,511,627,776."),
+        ("min_steps", [None, 0], [-1, 2**41], "give a number from 0 to 1,099,511,627,776."),
+        ("limit_val_batches", [None, 0, 1, 0.5, 1.0, 7], [-5, -0.5, 1.5], "give a number of batches"),
+        ("limit_test_batches", [None, 0, 1, 0.5, 1.0, 7], [-5, -0.5, 1.5], "give a number of batches"),
+        ("devices", [-1, 4, "-1", "auto", [0, 1]], [-5, 0, 5, "5", []], "give 1 to 4"),
+        ("num_nodes", [1, 4], [-1, 0, 5], "give 1 to 4"),
+    ],
+)
+def test_the_range_that_a_refusal_states_is_what_is_accepted(
+    name: str, accepted: list[Any], refused: list[Any], cure: str
+) -> None:
+    settings = LIGHTNING_DEFAULTS | DEFAULTS
+    for value in accepted:
+        check_trainer(settings | {name: value}, max_ranks=4)
+    for value in refused:
+        with pytest.raises(InputError) as caught:
+            check_trainer(settings | {name: value}, max_ranks=4)
+        assert str(caught.value).startswith(f"trainer.{name} is {value}: {cure}")
+
+
+def test_one_batch_of_the_validation_is_not_all_batches() -> None:
+    one, everything = (
+        parse_recipe("fit", [*RECIPE, f"--trainer.limit_val_batches={text}"]).trainer.limit_val_batches
+        for text in ("1", "1.0")
+    )
+    assert (type(one), type(everything)) == (int, float)
