@@ -10,7 +10,7 @@ import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from gpdit_lightning.errors import InputError
@@ -152,6 +152,22 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits, or deeply nested
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
+
+
+def differences(first: Any, second: Any, name: str = "", absent: Any = None) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the entries in which two JSON values differ: a dotted name such as "guidance.context", and both values.
+
+    Args:
+        first, second: the values.
+        name: of the values, before the dot.
+        absent: the value of an entry that one of them lacks.
+    """
+    if isinstance(first, dict) and isinstance(second, dict):
+        for key in {**first, **second}:
+            inner = f"{name}.{key}" if name else key
+            yield from differences(first.get(key, absent), second.get(key, absent), inner, absent)
+    elif first != second:
+        yield name, first, second
 
 
 def size_up_to(most: int) -> Constraint:

@@ -1,5 +1,6 @@
 """`fit`, `validate` and `test`: train from a recipe, or evaluate; the same command resumes a run from its folder."""
 
+import logging
 import threading
 import traceback
 from collections.abc import Iterator
@@ -12,22 +13,28 @@ from lightning.pytorch.callbacks import Callback
 
 from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint
 from gpdit_lightning.cli.auto_recipe import planned_recipe
+from gpdit_lightning.cli.bounded_yaml import load_yaml
 from gpdit_lightning.cli.classification_report import write_classification
 from gpdit_lightning.cli.failures import CURES, SMALLER_TRAINING
 from gpdit_lightning.cli.recipe_cli import RecipeCLI, build_recipe, find_resumed
+from gpdit_lightning.cli.recipe_files import read_yaml
 from gpdit_lightning.errors import InputError, file_of
 from gpdit_lightning.files import process_lock
 from gpdit_lightning.imports import error_summary, import_path
 from gpdit_lightning.options.shared import RecipeOptions
 from gpdit_lightning.progress import messages_above_bars
 from gpdit_lightning.retries import memory_error
+from gpdit_lightning.schema import differences, shown
 from gpdit_lightning.training.callbacks.run_checkpoint import resume_advice
 from gpdit_lightning.training.callbacks.stalls import watch_ranks
 from gpdit_lightning.training.callbacks.stopping import end_ranks_together
 from gpdit_lightning.training.loggers import continue_logs
-from gpdit_lightning.training.run_folder import LOCK, RunFolderFiles, restored_without_a_step
+from gpdit_lightning.training.run_folder import LOCK, RECIPE, RunFolderFiles, restored_without_a_step
 from gpdit_lightning.workers import worker_error
 
+log = logging.getLogger(__name__)
+
+MAX_CHANGES = 5  # settings in a message
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")  # packages of Lightning
 
 
@@ -166,6 +173,7 @@ def _fit(options: RecipeOptions) -> Trainer:
             files.order_event_files()
         resumed = find_resumed(cli)
         files.step = open_checkpoint(resumed).step if resumed else 0
+        changes = changed_settings(cli) if resumed else []
         _train(cli, resumed, files.step)
     if trainer.is_global_zero:
         step, last = trainer.global_step, last_checkpoint(Path(trainer.default_root_dir))
@@ -174,6 +182,14 @@ def _fit(options: RecipeOptions) -> Trainer:
         if step < trainer.max_steps:  # by the time limit, or a callback of the recipe
             outcome = f"stopped at step {step} of {trainer.max_steps}; the same command resumes"
         print(f"{outcome}: {trainer.default_root_dir}/checkpoints/last.ckpt" if last else outcome)
+        if was_finished and changes:
+            more = f" and {len(changes) - MAX_CHANGES} more" if len(changes) > MAX_CHANGES else ""
+            log.warning(
+                "warning: changed settings have no effect, since no step is left (%s%s): "
+                "raise trainer.max_steps to train on with them, or give another --run_dir",
+                "; ".join(changes[:MAX_CHANGES]),
+                more,
+            )
         write_classification(trainer, last)
     return trainer
 
@@ -193,6 +209,24 @@ def _train(cli: RecipeCLI, resumed: Path | None, step: int) -> None:
         if trainer.is_global_zero:
             continue_logs(trainer.loggers, step)
         trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
+
+
+def changed_settings(cli: RecipeCLI) -> list[str]:
+    """Return the settings of a recipe that differ from those in the run folder, such as "data.seed is 1 (it was 0)".
+
+    A setting that either of them lacks, as those of other versions or classes, is left out.
+    """
+    run_dir = Path(cli.trainer.default_root_dir)
+    try:
+        before = read_yaml(run_dir / RECIPE)
+    except InputError:  # the run folder is a copy without it, or it was edited
+        return []
+    absent = object()
+    return [
+        f"{name} is {shown(now)} (it was {shown(then)})"
+        for name, now, then in differences(load_yaml(cli.recipe_text()), before, absent=absent)
+        if absent not in (now, then) and name not in ("run_dir", "runs")  # the same folder may have other names
+    ]
 
 
 def validate(options: RecipeOptions) -> Trainer:

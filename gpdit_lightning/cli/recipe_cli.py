@@ -251,7 +251,7 @@ class RecipeCLI(LightningCLI):
             self.config_init["preview"],
             scores,
             self.config_init["checkpoint"],
-            SaveRecipe(self._recipe_text()),
+            SaveRecipe(self.recipe_text()),
         ]
         check_repeated(from_recipe, of_library)
         return [
@@ -260,7 +260,7 @@ class RecipeCLI(LightningCLI):
             *from_recipe,
         ]
 
-    def _recipe_text(self) -> str:
+    def recipe_text(self) -> str:
         """Return the resolved recipe as YAML: it needs no other file and can be used with another `--run_dir`."""
         recipe = self.config.clone()
         recipe.base = []  # already merged

@@ -13,7 +13,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.hashes import content_identity
 from gpdit_lightning.recalled_files import read_with_checksum, recalled, save_with_checksum
-from gpdit_lightning.schema import TEXT, Constraint, check, parse_json
+from gpdit_lightning.schema import TEXT, Constraint, check, differences, parse_json
 from gpdit_lightning.tensor_files import safetensors_header
 
 log = logging.getLogger(__name__)
@@ -157,12 +157,3 @@ class ChunkFiles:
     def has(self, variant: str, quantity: str) -> bool:
         """Whether any chunk contains this quantity of this variant."""
         return f"{variant}/{quantity}" in self.keys
-
-
-def differences(first: Any, second: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield the entries in which two JSON values differ: a dotted name such as "guidance.context", and both values."""
-    if isinstance(first, dict) and isinstance(second, dict):
-        for key in {**first, **second}:
-            yield from differences(first.get(key), second.get(key), f"{name}.{key}" if name else key)
-    elif first != second:
-        yield name, first, second

@@ -201,6 +201,19 @@ def test_a_finished_run_is_not_changed(uninterrupted: Path, tiny_shards: Path, t
     assert (uninterrupted / "checkpoints" / "last.ckpt" / "training.ckpt").read_bytes() == before
 
 
+def test_changed_settings_of_a_finished_run_are_said_to_have_no_effect(
+    uninterrupted: Path, tiny_shards: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    settings = recipe(tiny_shards, uninterrupted)
+    assert fit(tmp_path / "recipe.yaml", settings) == 0
+    assert "no effect" not in messages.text
+    assert fit(tmp_path / "recipe.yaml", settings, "--model.init_args.optimizer.learning_rate=1e-5") == 0
+    assert (
+        "warning: changed settings have no effect, since no step is left "
+        "(model.init_args.optimizer.learning_rate is 1e-05 (it was 0.003)): raise trainer.max_steps"
+    ) in messages.text
+
+
 def test_a_run_that_a_time_limit_ends_is_not_called_finished(
     tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
