@@ -21,9 +21,10 @@ from gpdit_lightning.estimation.requirements import (
 )
 from gpdit_lightning.estimation.saving import SavingSpeeds, saving_costs
 from gpdit_lightning.estimation.time import Cluster, StepTime, scaled, step_time
-from gpdit_lightning.estimation.units import GIB, MIB, duration, flops
+from gpdit_lightning.estimation.units import GIB, MIB, duration, flops, in_unit
 from gpdit_lightning.options.estimate import EstimateOptions, HardwareOptions
 
+OTHER_ACCELERATORS = ("cpu", "mps")  # whose peak FLOP/s are unknown
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "average", "buffers", "step")  # columns of the table
 
 
@@ -44,6 +45,11 @@ def estimate(options: EstimateOptions) -> None:
         gpu = known_gpu(options.gpu)
         peak = f"{gpu.flops / 1e12:.0f} TFLOP/s ({gpu.name} in dense bf16; --measure uses this machine's speed)"
         speed = f"{options.mfu:.0%} of {peak}"
+        if recipe.accelerator in OTHER_ACCELERATORS:
+            print(
+                f"trainer.accelerator is {recipe.accelerator}, but this estimate is for GPUs of the model {gpu.name} "
+                "(--gpu): --measure computes it for this machine.\n"
+            )
     print(report(recipe, options.gpu_memory * GIB, cluster, speed))
     if options.scaling:
         print(f"\n{scaling_table(recipe.run, cluster, options.scaling)}")
@@ -110,7 +116,7 @@ def model_and_data(recipe: EstimatedRecipe) -> str:
             lengths += f", no loss on the first {source.config.frames_without_loss}"
         batch = f"{source.config.tokens:,} tokens" if source.config.tokens else f"{source.config.batch_size}"
         clips = value_range([shape.samples // run.gpus for shape in shapes])
-        steps = f", in {share} of the steps" if share < 1 else ""
+        steps = f", in {float(100 * share):.3g}% of the steps" if share < 1 else ""
         lines.append(
             f"{source.name}: {batch} per step{steps}, {clips} per micro-batch and GPU, latent frames {lengths}, "
             f"{', '.join(sorted(sizes))} ({'assumed' if source.name in recipe.assumed else 'as prepared'})"
@@ -122,7 +128,9 @@ def loading(run: RunSettings, workers: int) -> list[str]:
     """Return a line on the memory of the loader processes; none if there are none."""
     if not workers:
         return []
-    needed, shared = (f"{size / MIB:.1f} MiB" for size in (loaded_bytes(run, workers), shared_memory_bytes(workers)))
+    needed, shared = (
+        f"{in_unit(size, MIB)} MiB" for size in (loaded_bytes(run, workers), shared_memory_bytes(workers))
+    )
     return [
         f"loading: {workers} processes per GPU hold {needed} of batches in host memory; they need {shared} of shared "
         "memory (/dev/shm)"
@@ -132,13 +140,13 @@ def loading(run: RunSettings, workers: int) -> list[str]:
 def saving(run: RunSettings) -> str:
     """Return sentences on the size of a checkpoint, and on how long it stalls the training."""
     costs, speeds = saving_costs(run.backbone, run.strategy, run.gpus), SavingSpeeds()
-    size = f"A checkpoint has {costs.bytes / GIB:.1f} GiB"
+    size = f"A checkpoint has {in_unit(costs.bytes)} GiB"
     at = f"{speeds.copy / 1e9:g} GB/s to host memory, {speeds.digest / 1e9:g} GB/s of sha256"
     at += f" and {speeds.disk / 1e9:g} GB/s to disk (assumed)"
     if not costs.copied:
         return f"{size}. At {at} it stalls the training for {duration(costs.stall)}."
     return (
-        f"{size}; each rank holds a copy of its part, {costs.copied / GIB:.1f} GiB of host memory.\n"
+        f"{size}; each rank holds a copy of its part, {in_unit(costs.copied)} GiB of host memory.\n"
         f"At {at}\nit stalls the training for {duration(costs.stall)}, "
         f"and is complete {duration(costs.background)} later."
     )
@@ -173,29 +181,29 @@ def memory_row(run: RunSettings, strategy: ShardingStrategy, capacity: float) ->
     )
     columns = [stored[name] for name in MEMORY_PARTS]
     columns += [needed[name] for name in ("activations", "total") for needed in (stored, recomputed)]
-    row = "".join(f"{column / GIB:14.1f}" for column in columns)
+    row = "".join(in_unit(column).rjust(14) for column in columns)
     fits = [needed["total"] <= capacity for needed in (stored, recomputed)]
     verdict = "fits" if fits[0] else "fits checkpointed" if fits[1] else "does not fit"
-    host_memory = f", {stored['host_memory'] / GIB:.1f} GiB of host memory" if strategy.offload else ""
+    host_memory = f", {in_unit(stored['host_memory'])} GiB of host memory" if strategy.offload else ""
     return f"{'>' if strategy == run.strategy else ' '} {strategy.name:<17}{row}  {verdict}{host_memory}"
 
 
 def what_fits(run: RunSettings, capacity: float) -> str:
     """Return sentences on whether the recipe fits, and if not, on the nearest settings that do."""
     total = memory(run)["total"]
-    needed = f"needs {total / GIB:.1f} of {capacity / GIB:.0f} GiB"
+    needed = f"needs {in_unit(total)} of {capacity / GIB:.0f} GiB"
     if total <= capacity:
-        return f"The recipe fits: it {needed}, which leaves {(capacity - total) / GIB:.1f} GiB."
+        return f"The recipe fits: it {needed}, which leaves {in_unit(capacity - total)} GiB."
     nearest, more_gpus = nearest_that_fits(run, capacity), least_gpus_that_fit(run, capacity)
     lines = [f"The recipe does not fit: it {needed}."]
     if nearest is not None:
         parts = memory(nearest)
-        host_memory = f" and {parts['host_memory'] / GIB:.1f} GiB of host memory" if nearest.strategy.offload else ""
-        lines.append(f"The nearest setting that fits, with {parts['total'] / GIB:.1f} GiB{host_memory}:")
+        host_memory = f" and {in_unit(parts['host_memory'])} GiB of host memory" if nearest.strategy.offload else ""
+        lines.append(f"The nearest setting that fits, with {in_unit(parts['total'])} GiB{host_memory}:")
         lines.append(f"  {overrides(run, nearest)}")
     if more_gpus is not None and more_gpus != nearest:
         lines.append(
-            f"Without offloading, with {memory(more_gpus)['total'] / GIB:.1f} GiB on each of {more_gpus.gpus} GPUs:"
+            f"Without offloading, with {in_unit(memory(more_gpus)['total'])} GiB on each of {more_gpus.gpus} GPUs:"
         )
         lines.append(f"  {overrides(run, more_gpus)}")
     if nearest is None:

@@ -58,12 +58,14 @@ class EstimatedRecipe(NamedTuple):
         grid: how pixels map to latents.
         assumed: names of the sources whose data are not prepared.
         workers: loader processes per GPU.
+        accelerator: `trainer.accelerator`.
     """
 
     run: RunSettings
     grid: LatentGrid
     assumed: frozenset[str]
     workers: int
+    accelerator: str
 
 
 def read_recipe(
@@ -112,7 +114,7 @@ def estimated_recipe(
         clean_stream_only=classifier is not None,
         reduced_bytes=2 if settings.model.init_args.optimizer.gradient_reduction == "bf16" else 4,
     )
-    return EstimatedRecipe(run, grid, assumed, data.workers)
+    return EstimatedRecipe(run, grid, assumed, data.workers, str(settings.trainer.accelerator))
 
 
 def sharding_strategy(setting: Any) -> ShardingStrategy:

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from gpdit_lightning.estimation.units import GIB, duration, flops
+from gpdit_lightning.estimation.units import GIB, duration, flops, in_unit
 from gpdit_lightning.model.config import SIZE_FIELDS, SIZES
 from gpdit_lightning.names import counted
 from gpdit_lightning.planning.rules import (
@@ -114,7 +114,7 @@ def summary(choice: Choice) -> list[str]:
     """Return sentences on data, machine, model, memory and time."""
     run, machine = choice.run, choice.machine
     each = " on each" if run.gpus > 1 else ""
-    memory = f"{choice.memory['total'] / GIB:.1f} of {machine.memory / GIB:.0f} GiB{each}"
+    memory = f"{in_unit(choice.memory['total'])} of {machine.memory / GIB:.0f} GiB{each}"
     if run.strategy.offload:
         memory += f", and {run.gpus * choice.memory['host_memory'] / GIB:.0f} GiB of host memory"
     return [
@@ -295,9 +295,7 @@ def trainer_lines(choice: Choice) -> Iterator[str]:
     held = sum(
         value for name, value in choice.memory.items() if name in ("weights", "gradients", "optimizer", "average")
     )
-    why = (
-        f"weights, gradients, optimizer and average take {held / GIB:.2g} of {machine.memory / GIB:.0f} GiB per device"
-    )
+    why = f"weights, gradients, optimizer and average take {in_unit(held)} of {machine.memory / GIB:.0f} GiB per device"
     yield entry(1, "strategy", run.strategy.option, why)
     why = "matrix products in bf16" if machine.bf16 else "bf16 saves no time on this device"
     yield entry(1, "precision", run.precision, why)
@@ -339,7 +337,7 @@ def interval_lines(choice: Choice) -> Iterator[str]:
         f"the average is over about {window:,} steps, 2 % of the run, at most 10,000",
     )
     yield entry(0, "checkpoint")
-    size = f"{16 * choice.parameters / GIB:.2g} GiB"
+    size = f"{in_unit(16 * choice.parameters)} GiB"
     yield entry(1, "every_steps", part(steps, 10), f"{size} each, 16 bytes per parameter; the last two are kept")
     yield entry(1, "every_minutes", 30)
     yield entry(1, "keep_every_steps", part(steps, 5), "about five are kept for good; 0 for none")

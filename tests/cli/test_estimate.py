@@ -91,9 +91,7 @@ def test_the_memory_of_loader_processes_is_that_of_their_batches(
     options = [f"--config={mixed}", "--data.workers=2", "--data.noise_draws=3"]
     assert loaded_bytes(read_recipe(options, gpus=2).run, 2) == 4 * largest
     assert main(["estimate", *options, "--gpus=2"]) == 0
-    line = (
-        f"loading: 2 processes per GPU hold {4 * largest / 2**20:.1f} MiB of batches in host memory; they need 0.1 MiB"
-    )
+    line = f"loading: 2 processes per GPU hold {4 * largest / 2**20:.2g} MiB of batches in host memory; they need 0.1"
     assert line in capsys.readouterr().out
     assert main(["estimate", f"--config={mixed}"]) == 0
     assert "loading:" not in capsys.readouterr().out
@@ -114,9 +112,30 @@ def test_a_step_of_alternating_sources_takes_the_mean_of_their_flops(
     assert memory(joint) == memory(alternate)
     assert main(["estimate", f"--config={mixed}", *options, "--data.sampling=alternate"]) == 0
     text = capsys.readouterr().out
-    assert "images: 4 per step, in 3/4 of the steps, 2 per micro-batch and GPU" in text
-    assert "videos: 8 per step, in 1/4 of the steps, 4 per micro-batch and GPU" in text
+    assert "images: 4 per step, in 75% of the steps, 2 per micro-batch and GPU" in text
+    assert "videos: 8 per step, in 25% of the steps, 4 per micro-batch and GPU" in text
     assert re.search(r"takes \S+ [MG]FLOP on average \(images: \S+ [MG]FLOP, videos: \S+ [MG]FLOP\), ", text)
+
+
+def test_small_sizes_keep_two_significant_digits(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [f"--config={mixed}", "--data.sampling=alternate", "--data.videos.micro_batches=1"]
+    options += ["--data.images.weight=1", "--data.videos.weight=11"]
+    assert main(["estimate", *options]) == 0
+    text = capsys.readouterr().out
+    assert "images: 4 per step, in 8.33% of the steps" in text
+    assert re.search(r"A checkpoint has 0\.0+[1-9]\d? GiB", text)
+    weights, *_, total, _ = re.findall(r"\S+", text[text.index("> DDP") :].splitlines()[0])[2:12]
+    assert 0 < float(weights) < 0.05
+    assert re.fullmatch(r"\d\.\d", total)
+
+
+@pytest.mark.parametrize("options", [[], ["--tflops=1"], ["--trainer.accelerator=auto"]])
+def test_an_estimate_for_gpus_of_a_recipe_for_a_cpu_says_so(
+    mixed: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["estimate", f"--config={mixed}", "--trainer.accelerator=cpu", "--gpu=a100", *options]) == 0
+    said = "trainer.accelerator is cpu, but this estimate is for GPUs of the model A100 (--gpu): --measure computes it "
+    assert (said in capsys.readouterr().out) == (not options)
 
 
 def test_a_loss_on_targets_needs_fewer_flops(capsys: pytest.CaptureFixture[str]) -> None:
