@@ -5,16 +5,19 @@ import errno
 import fcntl
 import hashlib
 import io
+import logging
 import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.names import MAX_NAME_BYTES
+
+log = logging.getLogger(__name__)
 
 READ_BYTES = 2**22  # at a time
 MAX_TEXT_BYTES = 2**26  # of a recipe, a card or a table
@@ -73,6 +76,15 @@ def check_writable(path: Path, option: str = "--out", is_folder: bool = False, e
             raise InputError(f"{path} cannot be written ({error.strerror}): give another {option}.") from None
     if not is_folder:
         _check_replaceable(path, f"give another {option}")
+
+
+def announce_replaced(paths: Iterable[Path]) -> None:
+    """Log which files a command is going to replace, so that none is lost unnoticed; nothing if none exists."""
+    existing = [path for path in paths if path.exists()]
+    if len(existing) > 1:
+        log.info("%d existing files are replaced, such as %s", len(existing), existing[0])
+    elif existing:
+        log.info("the existing %s is replaced", existing[0])
 
 
 def _check_replaceable(path: Path, cure: str) -> None:

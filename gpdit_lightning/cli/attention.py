@@ -13,7 +13,7 @@ from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.data.selection import sources_of_run
 from gpdit_lightning.data.source import KINDS, SourceConfig, whole_blocks
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write, check_writable
+from gpdit_lightning.files import announce_replaced, atomic_write, check_writable
 from gpdit_lightning.model.attention_pattern import AttentionPattern, attention_patterns
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.names import counted, number_in
@@ -72,6 +72,7 @@ def attention(options: AttentionOptions) -> None:
     noisy = f", {len(clip.noisy)} with noise" if 0 < len(clip.noisy) < clip.length else ""
     name = Path(options.config[-1]).stem if options.config else "recipe"
     title = f"{name}: {counted(clip.length, 'latent frame')}{noisy}"
+    announce_replaced([options.out])
     draw(patterns, title, options.out)
     print(f"wrote {options.out}")
     print(summary(patterns))

@@ -18,7 +18,7 @@ from gpdit_lightning.diagnosis.references import (
 )
 from gpdit_lightning.diagnosis.report import draw, report, setting_texts
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import check_writable
+from gpdit_lightning.files import announce_replaced, check_writable
 from gpdit_lightning.options.diagnose import DiagnoseOptions
 
 RECIPE = "config.yaml"
@@ -35,6 +35,7 @@ def diagnose(options: DiagnoseOptions) -> None:
     reference = chosen_reference(options.reference) if options.reference else fitting_reference(facts)
     comparison = compare(run, facts, reference)
     print(report(str(options.run), run, comparison))
+    announce_replaced([options.out])
     draw(options.run.name, run, comparison, options.out)
     print(f"wrote {options.out}")
 

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from gpdit_lightning.codecs import load_codec_from_spec
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.devices import available_device
-from gpdit_lightning.files import check_writable
+from gpdit_lightning.files import announce_replaced, check_writable
 from gpdit_lightning.options.inspect import InspectOptions
 from gpdit_lightning.preparation.inspection import explain, overview, unlisted_files, verify, write_sheet
 
@@ -25,6 +25,7 @@ def inspect(options: InspectOptions) -> int:
         codec = load_codec_from_spec(
             manifest.codec, device, options.codec_source, owner=str(manifest.path), codec=options.codec
         )
+        announce_replaced([options.out])
         for damaged in write_sheet(options.out, manifest, options.show, codec):
             print(damaged)
         print(f"wrote {options.out}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write, check_writable, sha256_of
+from gpdit_lightning.files import announce_replaced, atomic_write, check_writable, sha256_of
 from gpdit_lightning.generation import transform as generate_targets
 from gpdit_lightning.generation.pipeline import load_pipeline
 from gpdit_lightning.generation.settings import batches_by_shape, trained_sizes
@@ -63,6 +63,7 @@ def transform(options: TransformOptions) -> None:
     candidates = example_paths(options.examples, options.examples_task, examples_task)
     count = number_of_examples(options.pairs, trained)
     jobs, sheet = plan_jobs(options, trained_sizes(options.size, trained), task, candidates, count)
+    announce_replaced([*(job.out for job in jobs), sheet])
     examples = read_examples(jobs, examples_task)
 
     results: dict[Path, Tensor] = {}

@@ -107,6 +107,7 @@ class VideoOutput:
         side_by_side: show the ground truth to the right of the frames, black where it is unknown.
 
     Attributes:
+        paths: the file of each format.
         files: the files, after the block has ended.
         frames_written: number of generated frames so far.
 
@@ -126,7 +127,7 @@ class VideoOutput:
     ) -> None:
         self.files: list[Path] = []
         self.frames_written = 0
-        self._paths = output_paths(path_without_extension, formats)
+        self.paths = output_paths(path_without_extension, formats)
         context = clip.context
         self._context, self._max_frames, self._temporal_factor = context, clip.frames, temporal_factor
         self._is_image = clip.by_class and clip.frames == 1
@@ -159,9 +160,9 @@ class VideoOutput:
             InputError: missing latents, or as `VideoWriter.write`.
         """
         surplus = max(0, self.frames_written + len(pixels) - self._max_frames)
-        if "safetensors" in self._paths:
+        if "safetensors" in self.paths:
             if latents is None:
-                raise InputError(f"{self._paths['safetensors']} stores latents: give those of the frames.")
+                raise InputError(f"{self.paths['safetensors']} stores latents: give those of the frames.")
             kept = len(latents) - surplus // self._temporal_factor
             self._latents.append(latents[:kept].to("cpu", torch.float32, copy=True))
         pixels = pixels[: len(pixels) - surplus].cpu()
@@ -179,25 +180,25 @@ class VideoOutput:
             self._append(self._context.pixels, 0, CONTEXT_COLOUR)
             yield
         if self._video:
-            self.files.append(self._paths["mp4"])
+            self.files.append(self.paths["mp4"])
         for name, write, content in (
             ("gif", self._write_gif, self._kept),
             ("png", self._write_strip, self._kept),
             ("safetensors", self._write_latents, self._latents),
         ):
-            if self._total and content and name in self._paths:
-                write(self._paths[name])
-                self.files.append(self._paths[name])
+            if self._total and content and name in self.paths:
+                write(self.paths[name])
+                self.files.append(self.paths[name])
 
     def _append(self, pixels: Tensor, first: int, colour: str) -> None:
         """Append the frames from number `first` on to the mp4, and keep those that the strip or GIF will show."""
         for number, frame in enumerate(pixels, start=first):
-            if "gif" in self._paths or ("png" in self._paths and number in self._strip_numbers):
+            if "gif" in self.paths or ("png" in self.paths and number in self._strip_numbers):
                 self._kept[number] = frame.clone()  # a view would keep all of `pixels` in memory
-        if "mp4" not in self._paths or len(pixels) == 0:
+        if "mp4" not in self.paths or len(pixels) == 0:
             return
         if self._video is None:
-            self._video = self._open.enter_context(VideoWriter(self._paths["mp4"], self._context.fps))
+            self._video = self._open.enter_context(VideoWriter(self.paths["mp4"], self._context.fps))
         self._video.write(self._decorated(pixels, self._source[first : first + len(pixels)], colour))
 
     def _decorated(self, pixels: Tensor, source: Tensor, colour: str) -> Tensor:

@@ -12,7 +12,7 @@ class FigureOptions(OptionRecord):
     """Figure."""
 
     out: Path = Path("attention.png")
-    """PNG file to write."""
+    """PNG file to write or replace."""
     frames: int | None = None
     """Latent frames of the clip, cut to whole blocks; by default those of the recipe, or, if it uses all of a sample,
     four blocks."""

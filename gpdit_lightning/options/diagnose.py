@@ -20,4 +20,4 @@ class DiagnoseOptions(OptionRecord):
     """Healthy runs: the name of a reference that ships, a file of `python -m benchmarks.healthy_runs`, or run folders
     of one recipe with several seeds; by default the shipped reference whose settings are closest."""
     out: Path = Path("diagnosis.png")
-    """PNG file to write."""
+    """PNG file to write or replace."""

@@ -22,7 +22,7 @@ class InspectionOptions(OptionRecord):
     show: int | None = None
     """Decode this many samples, of all shapes, to a PNG."""
     out: Path = Path("sheet.png")
-    """PNG that --show writes."""
+    """PNG that --show writes or replaces."""
     codec_source: str | None = None
     """For --show: current location of the codec's weights, if they were moved after the preparation."""
     codec: str | None = None

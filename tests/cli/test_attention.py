@@ -32,8 +32,10 @@ def test_figures_of_recipes(
 ) -> None:
     recipe, *options = arguments
     path = tmp_path / "figure.png"
+    path.touch()
     assert main(["attention", "--config", f"gpdit:{recipe}", "--out", str(path), *options]) == 0
     printed = capsys.readouterr()
+    assert f"the existing {path} is replaced" in printed.err
     assert all(line in printed.out for line in lines), printed.out
     assert "attention backend" not in printed.err
     with Image.open(path) as figure:

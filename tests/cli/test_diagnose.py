@@ -160,6 +160,8 @@ def test_a_healthy_run_has_no_findings_also_resumed_and_while_it_trains(
     q4 = read_curves(run).curves["train/loss_q4"]
     assert q4.values[11:] == pytest.approx([HEALTHY["train/loss_q4"](step / STEPS) for step in q4.steps[11:]])
     text = diagnose(run, "--reference", *references, capsys=capsys)
+    assert main(["diagnose", str(run), "--out", str(run.parent / "figure.png")]) == 0
+    assert f"the existing {run.parent / 'figure.png'} is replaced" in capsys.readouterr().err
     assert "step 200, 2 event files" in text
     assert "levels can be compared" in text
     assert "findings:\n- none" in text

@@ -104,8 +104,10 @@ def test_inspect(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "whitened: mean" in text.splitlines()[-1]
 
     words = ["--verify", "--workers", "1", "--show", "5", "--out", str(sheet), "--why", "3.png"]
+    sheet.touch()
     assert main(["inspect", "--folder", str(out), *words]) == 0
-    text = capsys.readouterr().out
+    text, log = capsys.readouterr()
+    assert f"the existing {sheet} is replaced" in log
     assert "2 shards with 12 samples: no faults" in text
     assert "note:" not in text
     assert Image.open(sheet).height > 5 * 128

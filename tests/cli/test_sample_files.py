@@ -42,14 +42,19 @@ print(status, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
     ],
 )
 def test_every_format_is_written_with_the_permissions_of_the_umask(
-    workspace: Path, tmp_path: Path, out: str, formats: list[str], files: set[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+    workspace: Path, tmp_path: Path, out: str, formats: list[str], files: set[str], capsys: pytest.CaptureFixture[str],
+    messages: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    existing = tmp_path / min(files)
+    existing.parent.mkdir(exist_ok=True)
+    existing.touch()
     before = os.umask(0o027)
     try:
         assert sample(workspace, tmp_path / out, "--frames=3", *(["--formats", *formats] if formats else [])) == 0
     finally:
         os.umask(before)
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")} == files
+    assert f"the existing {existing} is replaced" in messages.text
     printed = capsys.readouterr().out
     for file in files:
         assert str(tmp_path / file) in printed

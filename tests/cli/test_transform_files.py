@@ -129,9 +129,14 @@ def expected_cell(image: Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("options", "count"), [([], 2), (["--pairs=1", "--seed=3"], 1)])
-def test_one_image_is_transformed(workspace: Path, tmp_path: Path, options: list[str], count: int) -> None:
+def test_one_image_is_transformed(
+    workspace: Path, tmp_path: Path, options: list[str], count: int, messages: pytest.LogCaptureFixture
+) -> None:
     out = tmp_path / "new" / "out.png"
     assert run(workspace, "--source", workspace / "sources/a.png", "--out", out, *options) == 0
+    assert "replaced" not in messages.text
+    assert run(workspace, "--source", workspace / "sources/a.png", "--out", out, *options) == 0
+    assert f"2 existing files are replaced, such as {out}" in messages.text
     source = read(workspace / "sources/a.png", WIDE)
     target = expected(workspace, first_pairs(workspace, count, WIDE), source, seed=3 if options else 0)
     assert nearly_equal(read(out), target)
