@@ -292,11 +292,12 @@ def difference(saved: Any, current: Any, name: str = "") -> str:
     if isinstance(saved, dict) and isinstance(current, dict):
         parts = (difference(saved[key], current.get(key), f"{name}.{key}" if name else key) for key in saved)
         return next(filter(None, parts), "")
-    return (
-        ""
-        if saved == current
-        else f"{name.removeprefix('base.')} ({json.dumps(saved)} instead of {json.dumps(current)})"
-    )
+    if saved == current:
+        return ""
+    section, _, inner = name.partition(".")
+    if section == "data":  # fingerprints of the folders
+        return f"content of {inner}"
+    return f"{inner or f'--{name}'} ({json.dumps(saved)} instead of {json.dumps(current)})"
 
 
 def data_of(settings: Namespace) -> dict[str, list[str]]:

@@ -32,6 +32,7 @@ from gpdit_lightning.hashes import content_identity
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.names import MAX_NAME_BYTES
 from gpdit_lightning.options.features import FeaturesOptions
+from gpdit_lightning.options.shared import names_of
 from gpdit_lightning.probing.encoder import clip_frames, first_layers, pooled_features
 from gpdit_lightning.probing.features import (
     RECORD,
@@ -207,11 +208,16 @@ def create_or_resume(out: Path, record: FeatureRecord) -> None:
         InputError: the folder contains other features.
     """
     if (out / RECORD).exists():
-        FeatureRecord.load(out).check(vars(record), out)
+        FeatureRecord.load(out).check(vars(record), out, option_of)
     elif any(out.rglob(f"*{SUFFIXES[record.format]}")):
         raise InputError(f"{out} contains {SUFFIXES[record.format]} files but no {RECORD}: give another --out.")
     else:
         record.save(out)
+
+
+def option_of(name: str) -> str:
+    """Return the option that determines a field of the record."""
+    return f"--{name}" if name in names_of(FeaturesOptions) else f"{name} (of --checkpoint)"
 
 
 class ReadClip(NamedTuple):

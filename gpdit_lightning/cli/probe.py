@@ -8,7 +8,7 @@ from pathlib import Path
 from gpdit_lightning.checkpoints.reading import find_weights, load_trained_model
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.report import Report
+from gpdit_lightning.evaluation.report import Report, other_setting
 from gpdit_lightning.evaluation.videos import find_videos
 from gpdit_lightning.files import atomic_write, check_writable
 from gpdit_lightning.generation.settings import layout_of, load_codec_of, trained_size
@@ -32,6 +32,7 @@ from gpdit_lightning.probing.splits import (
     split_by_lists,
     split_by_ucf_groups,
 )
+from gpdit_lightning.schema import differences
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +76,15 @@ def read_evaluations(paths: Sequence[Path]) -> list[Report]:
     for path, report in zip(paths, reports, strict=True):
         if "fvd" not in report.scores:
             raise InputError(f"{path} has no FVD: evaluate with a video network, or leave it out of --evaluations.")
-        first, other = asdict(reports[0].protocol), asdict(report.protocol)
-        for name in first:
-            if name not in MODEL_FIELDS and first[name] != other[name]:
-                raise InputError(
-                    f"{paths[0]} and {path} differ in {name} ({first[name]}, not {other[name]}), so their FVD cannot "
-                    "be compared: give evaluations with the same protocol."
-                )
+        compared, of_first = (
+            {name: value for name, value in asdict(one.protocol).items() if name not in MODEL_FIELDS}
+            for one in (report, reports[0])
+        )
+        if different := list(differences(compared, of_first)):
+            raise InputError(
+                f"{path} has another {other_setting(different)} than {paths[0]}, so their "
+                "FVD cannot be compared: give evaluations with the same settings."
+            )
         model = report.protocol.checkpoint_sha256, report.protocol.weights
         if model in path_of_model:
             raise InputError(f"{path_of_model[model]} and {path} evaluate the same checkpoint: give one of them.")

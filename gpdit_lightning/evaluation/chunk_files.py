@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.evaluation.report import other_setting
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.hashes import content_identity
 from gpdit_lightning.recalled_files import read_with_checksum, recalled, save_with_checksum
@@ -98,10 +99,10 @@ def _read(path: Path, cure: str) -> _Chunk:
 
 def _check_settings(path: Path, settings: Mapping[str, Any], stored: Any) -> None:
     """Raise `InputError` unless the settings in a file are the given ones."""
-    for name, wanted, found in differences(json.loads(json.dumps(settings)), stored):
+    if different := list(differences(stored, json.loads(json.dumps(settings)))):
         raise InputError(
-            f"{path} belongs to an evaluation with another {name} ({found}, not {wanted}): give another --out, or "
-            "remove that folder."
+            f"{path} belongs to an evaluation with another {other_setting(different)}: give another --out, or remove "
+            "that folder."
         )
 
 

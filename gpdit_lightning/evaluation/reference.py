@@ -21,6 +21,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.json_records import record_from_json
 from gpdit_lightning.evaluation.metrics import Moments, moments_problem
 from gpdit_lightning.evaluation.network_files import NetworkRecord
+from gpdit_lightning.evaluation.report import other_setting
 from gpdit_lightning.evaluation.self_checks import SelfChecks
 from gpdit_lightning.files import BoundedReader, atomic_write
 from gpdit_lightning.media.finding import Medium
@@ -223,8 +224,8 @@ def check_reference(
     for name, wanted in expected.items():
         if getattr(record, name) != wanted:
             raise InputError(
-                f"{path} has statistics of {name} {getattr(record, name)}, but this evaluation has {wanted}: change "
-                "the options, or give the real data instead."
+                f"{path} has statistics with another {other_setting([(name, getattr(record, name), wanted)])} than "
+                "this evaluation: change that, or give the real data instead."
             )
     for role in networks.keys() - {"classifier"}:  # real data are compared by features alone
         if record.networks.get(role) != networks[role]:

@@ -1,12 +1,12 @@
 """The report of an evaluation: scores with everything they depend on, as dataclasses and as JSON."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from gpdit_lightning.diffusion import Guidance, NoiseSchedule
 from gpdit_lightning.errors import InputError
@@ -86,6 +86,58 @@ class Protocol:
     def __post_init__(self) -> None:
         if (self.samples is None) != (self.manifold is None):
             raise InputError(f"samples is {self.samples} and manifold {self.manifold}; both are null, or neither is")
+
+
+# What determines a field of a protocol, by its name or the beginning of a dotted one; other fields are options.
+DETERMINED_BY = {
+    "data": "name of the data (--data, or the folders of --videos or --images)",
+    "choice": "choice of the real data (--count, --selection_seed)",
+    "split_sha256": "choice of the real data (--videos or --images, --count, --selection_seed)",
+    "videos": "number of real videos or images (--count)",
+    "frames": "number of frames (--generated_frames)",  # of statistics of real data
+    "resize": "scaling (--image_scaling)",
+    "guidance.context": "--guidance",
+    "guidance.label": "--label_guidance",
+    "guidance.least_level": "--guidance_levels",
+    "guidance.most_level": "--guidance_levels",
+    "schedule": "noise schedule of --checkpoint",
+    "checkpoint_sha256": "--checkpoint",
+    "step": "step of --checkpoint",
+    "codec": "codec of --checkpoint",
+    "codec_sha256": "codec of --checkpoint",
+    "networks.video": "--video_network",
+    "networks.image": "--image_network",
+    "networks.classifier": "--classifier",
+    "versions": "version of a library",
+    "hardware": "--device",
+    "labels": "use of labels (--labels, --annotations, --sample_labels)",
+    "fps": "frame rate of the training of --checkpoint",
+    "medium": "medium of the real data (--videos or --images)",
+    "manifold": "number of real videos or images (--count, --reference)",
+}
+MAX_SHOWN = 40  # characters of a value in a message: no hash and no sentence
+
+
+def other_setting(different: Iterable[tuple[str, Any, Any]]) -> str:
+    """Return the first of different settings as messages name it, such as "--guidance (1.5, not 2.0)".
+
+    One with short values is preferred to a hash or a description, whose values are left out.
+
+    Args:
+        different: from :func:`schema.differences`, at least one.
+    """
+    described = [(determined_by(name), f"({first}, not {second})", first, second) for name, first, second in different]
+    for name, values, first, second in described:
+        if max(len(str(first)), len(str(second))) <= MAX_SHOWN:
+            return f"{name} {values}"
+    return described[0][0]
+
+
+def determined_by(name: str) -> str:
+    """Return the option that determines a field of a protocol, or in words what does."""
+    parts = name.split(".")
+    keys = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((DETERMINED_BY[key] for key in keys if key in DETERMINED_BY), f"--{name}")
 
 
 @dataclass(frozen=True)

@@ -194,9 +194,13 @@ def _existing_manifest(out: Path, preparation: dict[str, Any], codec: CodecSpec)
         manifest.codec.check_same(codec, str(manifest.path), "this preparation", USE_ANOTHER_FOLDER)
         print(f"{manifest.path} already contains the result of these options.")
         return manifest
-    differing = [name for name in preparation if manifest.preparation.get(name) != preparation[name]]
-    first = next((name for name in differing if name != "inputs_sha256"), "the images")
-    raise InputError(f"{out} contains shards of other options ({first}): {USE_ANOTHER_FOLDER}.")
+    different = [
+        f"--{name} was {manifest.preparation.get(name)} and is {preparation[name]}"
+        for name in SEQUENCE_OPTIONS
+        if manifest.preparation.get(name) != preparation.get(name)
+    ]
+    reason = next(iter(different), "the names or the content of the images")  # without an option: inputs_sha256
+    raise InputError(f"{out} contains shards of other options ({reason}): {USE_ANOTHER_FOLDER}.")
 
 
 def _encode(pairs: SplitPairs, task: ImageTask, size: Size, codec: Codec) -> dict[Pair, np.ndarray]:

@@ -127,7 +127,7 @@ class Records:
             before = recorded.get(name, defaults[name])
             if before != value:
                 raise InputError(
-                    f"{self.out} contains shards of other options ({name} was {before} and is {value}): "
+                    f"{self.out} contains shards of other options (--{name} was {before} and is {value}): "
                     f"{USE_ANOTHER_FOLDER}."
                 )
 

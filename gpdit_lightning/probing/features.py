@@ -19,7 +19,7 @@ import logging
 import math
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -117,8 +117,13 @@ class FeatureRecord:
         with atomic_write(Path(folder) / RECORD) as path:
             path.write_text(record_to_json(self), encoding="utf-8", errors="backslashreplace")
 
-    def check(self, expected: Mapping[str, Any], folder: str | Path) -> None:
+    def check(self, expected: Mapping[str, Any], folder: str | Path, label: Callable[[str], str] = str) -> None:
         """Compare the record with expected values of some of its fields.
+
+        Args:
+            expected: values by the names of the fields.
+            folder: of the record, for messages.
+            label: returns the name of a field in messages.
 
         Raises:
             InputError: a field has another value, or does not exist.
@@ -130,7 +135,9 @@ class FeatureRecord:
             if isinstance(value, CodecSpec):
                 self.codec.check_same(value, str(path), "the expected features", "use another folder")
             elif fields[name] != value:
-                raise InputError(f"{path} has {name} {fields[name]!r}, but {value!r} is expected: use another folder.")
+                raise InputError(
+                    f"{path} has {label(name)} {fields[name]!r}, but {value!r} is expected: use another folder."
+                )
 
     @property
     def shape(self) -> tuple[int, int]:

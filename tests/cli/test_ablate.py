@@ -124,7 +124,7 @@ def test_a_killed_ablation_that_is_run_again_equals_an_uninterrupted_one(
     assert (whole / "curves.png").stat().st_size > 10_000
     capsys.readouterr()
     for option, message in (
-        ("--budget=flops", 'an ablation with another budget ("steps" instead of "flops")'),
+        ("--budget=flops", 'an ablation with another --budget ("steps" instead of "flops")'),
         ("--trainer.max_steps=5", "an ablation with another trainer.max_steps (4 instead of 5)"),
     ):
         assert main(["ablate", f"--config={path}", f"--out={whole}", option]) == 2

@@ -448,10 +448,12 @@ def error_message(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--guidance=2", "another guidance.context (1.5, not 2.0)"),
-        ("--seeds=1", "another seeds ([0], not [1])"),
-        ("--count=5", "another split_sha256"),
-        ("--chunk=4", "another chunk (2, not 4)"),
+        ("--guidance=2", "another --guidance (1.5, not 2.0)"),
+        ("--seeds=1", "another --seeds ([0], not [1])"),
+        ("--count=5", "another number of real videos or images (--count) (6, not 5)"),
+        ("--selection_seed=1", "another choice of the real data (--count, --selection_seed): "),
+        ("--guidance_levels=[0.2,1]", "another --guidance_levels (0.0, not 0.2)"),
+        ("--chunk=4", "another --chunk (2, not 4)"),
     ],
 )
 def test_a_folder_with_other_settings_is_refused(

@@ -226,9 +226,9 @@ def test_damaged_features_are_computed_again(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--layer=1"], "has layer 2, but 1 is expected"),
-        (["--format=pickle"], "has format 'npy', but 'pickle'"),
-        (["--checkpoint", "OTHER"], "has fingerprint "),
+        (["--layer=1"], "has --layer 2, but 1 is expected"),
+        (["--format=pickle"], "has --format 'npy', but 'pickle'"),
+        (["--checkpoint", "OTHER"], r"has fingerprint \(of --checkpoint\) "),
     ],
 )
 def test_a_folder_with_other_features_is_refused(

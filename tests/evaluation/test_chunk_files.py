@@ -92,9 +92,9 @@ def test_results_of_videos_that_changed_are_no_complete_chunk(tmp_path: Path, ca
 def test_other_settings_are_an_error_that_names_the_first_difference(tmp_path: Path) -> None:
     write_chunk(tmp_path / "0.safetensors", ["a"], {"truth/video": torch.ones(1, 9)}, SETTINGS)
     for other, message in (
-        ({**SETTINGS, "guidance": {"context": 2.0}, "size": (8, 8)}, r"another guidance\.context \(1.5, not 2.0\)"),
-        ({**SETTINGS, "size": (64, 64)}, r"another size \(\[32, 32\], not \[64, 64\]\): give another --out"),
-        ({**SETTINGS, "stride": 3}, r"another stride \(None, not 3\)"),
+        ({**SETTINGS, "guidance": {"context": 2.0}, "size": (8, 8)}, r"another --guidance \(1.5, not 2.0\)"),
+        ({**SETTINGS, "size": (64, 64)}, r"another --size \(\[32, 32\], not \[64, 64\]\): give another --out"),
+        ({**SETTINGS, "stride": 3}, r"another --stride \(None, not 3\)"),
     ):
         with pytest.raises(InputError, match=message):
             ChunkFiles([tmp_path / "0.safetensors"], other)

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,11 @@ from PIL import Image
 from gpdit_lightning.diffusion import Guidance, NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.network_files import NetworkRecord
-from gpdit_lightning.evaluation.report import Protocol, Report, Score, library_versions
+from gpdit_lightning.evaluation.report import Protocol, Report, Score, library_versions, other_setting
 from gpdit_lightning.evaluation.report_text import paper_comparison, plot_self_checks, to_markdown, write_report
 from gpdit_lightning.evaluation.self_checks import check_distances
+from gpdit_lightning.options.evaluate import EvaluateOptions
+from gpdit_lightning.options.shared import names_of
 from gpdit_lightning.schema import CONTENT_HASH
 
 RISING = ((8.0, 1.0), (16.0, 20.5))
@@ -234,6 +236,19 @@ def test_another_data_set_is_compared_with_all_tables(report: Report) -> None:
     assert [row[2:4] for row in cells(text, "MagicVideo")] == [["-", "36.5"], ["-", "145.0"]]
     assert [row[3:5] for row in cells(text, "GPDiT-H-LONG")] == [["7.4", "64"], ["7.9", "218"]]
     assert "data kitchens, not MSR-VTT; 9,000 videos, not 7,000; 16 frames from 5, not 12 from 5; guidance" in text
+
+
+def test_other_settings_are_named_by_options_of_evaluate(report: Report) -> None:
+    """Each field of the protocol; a setting with short values precedes a hash or a sentence."""
+    names = set(asdict(report.protocol)) - {"guidance", "networks"}
+    names |= {f"guidance.{field.name}" for field in fields(Guidance)}
+    names |= {f"networks.{role}.sha256" for role in ("video", "image", "classifier")}
+    known = {f"--{name}" for name in names_of(EvaluateOptions)}
+    for name in names:
+        options = re.findall(r"--\w+", other_setting([(name, "a" * 64, "b" * 64)]))
+        assert name.startswith("versions") or (options and known.issuperset(options)), name
+    different = [("split_sha256", "a" * 64, "b" * 64), ("seeds", [0], [1])]
+    assert other_setting(different) == "--seeds ([0], not [1])"
 
 
 def test_an_evaluation_with_the_protocol_of_the_paper_has_no_differences(report: Report) -> None:

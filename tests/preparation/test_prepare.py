@@ -254,7 +254,7 @@ def test_damaged_videos_are_cut_or_dropped(options: PrepareOptions, tmp_path: Pa
     assert "a.avi is damaged at frame 26 (" in reason
     assert reason.endswith("The clips before were used (2).")
     assert skipped(cut) == []
-    with pytest.raises(InputError, match=r"other options \(damaged_videos was cut and is drop\)"):
+    with pytest.raises(InputError, match=r"other options \(--damaged_videos was cut and is drop\)"):
         prepare(replace(options, damaged_videos="drop"))
 
     make_video(path.with_name("intact.mp4"), frames=17)
@@ -271,7 +271,7 @@ def test_options_that_were_not_recorded_had_their_defaults(options: PrepareOptio
     del content["options"]["damaged_videos"]
     path.write_text(json.dumps(content))
     assert prepared(options) == first
-    with pytest.raises(InputError, match=r"other options \(damaged_videos was cut and is drop\)"):
+    with pytest.raises(InputError, match=r"other options \(--damaged_videos was cut and is drop\)"):
         prepare(replace(options, damaged_videos="drop"))
 
 
@@ -301,7 +301,7 @@ def test_a_finished_folder_is_reused_and_never_overwritten(
     assert prepared(replace(options, batch_size=1)) == first
     assert "already covers all of these input files" in capsys.readouterr().out
     with pytest.raises(
-        InputError, match=r"contains shards of other options \(stride was 1 and is 2\): give another --out"
+        InputError, match=r"contains shards of other options \(--stride was 1 and is 2\): give another --out"
     ):
         prepare(replace(options, stride=2))
     (videos / "dog" / "v_0_c0.mp4").write_bytes(b"another file")
