@@ -36,6 +36,7 @@ def sample(options: SampleOptions) -> None:
     make_output = output_maker(options, plan, pipeline.codec.temporal_factor)
     announce_replaced(path for clip in plan.clips for path in make_output(clip).paths.values())  # or raises
 
+    report_short_ground_truth(options, plan)
     log.info("%d x %d frames with the weights of step %d", len(plan.clips), frames, pipeline.trained.step)
     with (
         progress_bar(total=len(plan.clips) * frames, unit=" frames", desc="generating") as bar,
@@ -46,6 +47,41 @@ def sample(options: SampleOptions) -> None:
     if sheets:
         shown = ", ".join(map(str, sheets.files))
         print(f"{counted(len(plan.clips), 'sample')} in folders of classes: {options.out}; sheets: {shown}")
+
+
+def report_short_ground_truth(options: SampleOptions, plan: GenerationPlan) -> None:
+    """Log a line if a file shows the ground truth of a part of a video only, or, side by side, of none."""
+    formats = output_formats(options.out, options.formats, plan.clips)
+    effects = {
+        "png": "the strip shows it as far as it is known",
+        "gif": "a GIF leaves it out",
+        "mp4": "it is black afterwards in the mp4" if options.side_by_side else "",
+    }
+    shown = [effects[name] for name in formats if effects.get(name)]
+    short = [
+        clip
+        for clip in plan.clips
+        if len(clip.context.ground_truth) < clip.frames and (len(clip.context.ground_truth) or options.side_by_side)
+    ]
+    if not short or not shown:
+        return
+    first = short[0]
+    known = len(first.context.ground_truth)
+    reason = "its video ends there (an earlier --start shows more)"
+    if not len(first.context.pixels):
+        reason = "there is no context"
+    elif known == MAX_GROUND_TRUTH and not options.side_by_side:
+        reason = "more are read with --side_by_side only"
+    others = f", and likewise of {counted(len(short) - 1, 'other video')}" if len(short) > 1 else ""
+    log.info(
+        "the ground truth of %s has %d of the %d generated frames, since %s%s: %s",
+        first.context.name,
+        known,
+        first.frames,
+        reason,
+        others,
+        ", and ".join(shown),
+    )
 
 
 def output_maker(options: SampleOptions, plan: GenerationPlan, temporal_factor: int) -> Callable[[Clip], VideoOutput]:

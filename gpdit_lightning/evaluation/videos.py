@@ -83,7 +83,7 @@ def select_videos(
         else:
             selected[name] = videos[name]
     if len(selected) < (count or MIN_COUNT):
-        needed = f"{count} are requested: lower the count," if count else f"an evaluation needs {MIN_COUNT}: lower"
+        needed = f"{count} are requested: lower --count," if count else f"an evaluation needs {MIN_COUNT}: lower"
         if medium == "image":
             raise InputError(
                 f"{' and '.join(map(str, paths))} have {len(selected)} images, but {count or MIN_COUNT} are needed: "

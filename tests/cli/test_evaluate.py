@@ -439,6 +439,18 @@ def test_the_window_is_that_of_training_by_default(
     assert "--window is 5 latent frames, but in training frames attended to at most 4" in messages.text
 
 
+def test_a_context_without_the_first_frame_with_a_loss_is_named(
+    command: list[str], workspace: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    model = GPDiT.from_pretrained(workspace / "of2")
+    model.facts = replace(model.facts, data={**model.facts.data, "data.videos.frames_without_loss": 3})
+    model.save_pretrained(tmp_path / "model")
+    options = [*without(command, "checkpoint", "video", "image", "self"), f"--checkpoint={tmp_path / 'model'}"]
+    videos = next(option for option in command if option.startswith("--videos="))
+    assert evaluate(options, tmp_path / "out", videos, "--count=2") == 0
+    assert "2 latent frames are given, but the first 3 of each video had no loss in training" in messages.text
+
+
 def error_message(capsys: pytest.CaptureFixture[str]) -> str:
     """Return the only line with an error."""
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

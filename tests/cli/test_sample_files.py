@@ -78,6 +78,30 @@ def test_borders_and_ground_truth_beside_the_video(workspace: Path, tmp_path: Pa
         assert marked[number, :, 8:24, 1].float().mean(dim=1).tolist() == pytest.approx(colour, abs=15)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            ["--start=1"],
+            "7 of the 8 generated frames, since its video ends there .*: the strip shows it as far as it is known$",
+        ),
+        (["--start=1", "--side_by_side"], "7 of the 8 .*: it is black afterwards in the mp4, and the strip shows it"),
+        (["--start=1", "--formats", "gif"], "7 of the 8 .*: a GIF leaves it out"),
+        (["--start=1", "--formats", "mp4"], None),
+        (["--start=0"], None),
+        ([], None),
+        (["--side_by_side"], "0 of the 8 generated frames"),
+    ],
+)
+def test_ground_truth_that_ends_before_the_video_is_named(
+    workspace: Path, tmp_path: Path, options: list[str], says: str | None, messages: pytest.LogCaptureFixture
+) -> None:
+    assert sample(workspace, tmp_path / "out", "--frames=8", "--context_frames=5", *options) == 0
+    named = [message for message in messages.messages if message.startswith("the ground truth of 1 has ")]
+    assert len(named) == (says is not None)
+    assert says is None or re.search(says, named[0])
+
+
 def test_ctrl_c_keeps_the_frames_so_far_as_a_playable_video(workspace: Path, tmp_path: Path) -> None:
     options = ["--formats", "mp4", "png", "safetensors", "--seed=3"]
     names = [
