@@ -184,6 +184,10 @@ def read_sources(
     if not selection.configs:
         raise no_source_error(selection)
     used = selection.configs
+    if unused := [name for name in sizes if sizes[name] and name not in used]:
+        raise InputError(
+            f"--{KINDS[unused[0]]}_sizes has no effect, since the recipe uses no {unused[0]}: leave it out."
+        )
     manifests = {name: [] if sizes.get(name) else prepared_manifests(s.manifests) for name, s in used.items()}
     grid = next((prepared[0].codec for prepared in manifests.values() if prepared), None) or grid_of(codec)
     sources = []

@@ -14,6 +14,7 @@ from gpdit_lightning.files import atomic_write, check_writable
 from gpdit_lightning.generation.settings import layout_of, load_codec_of, trained_size
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.probe import ProbeOptions
+from gpdit_lightning.options.shared import check_has_effect
 from gpdit_lightning.probing.encoder import clip_frames
 from gpdit_lightning.probing.layer_features import extract_layer_features
 from gpdit_lightning.probing.probe import probe_layers
@@ -103,6 +104,7 @@ def split_videos(videos: Sequence[Path], options: ProbeOptions) -> tuple[list[La
         return split_by_folders(videos, pattern), "folders train and test"
     if split == "classes":
         return split_by_hash(videos, pattern), "a quarter of the groups of each class as test videos, by a hash"
+    check_has_effect(options, f"with split {split} of UCF-101, whose groups are in the file names", "group_pattern")
     return split_by_ucf_groups(videos, split), f"UCF-101's published split {split}"
 
 

@@ -14,6 +14,7 @@ from gpdit_lightning.generation.plans import Clip, GenerationPlan, generated_fra
 from gpdit_lightning.generation.sheets import ClassSheets, sheets_of
 from gpdit_lightning.names import counted
 from gpdit_lightning.options.sample import SampleOptions
+from gpdit_lightning.options.shared import check_has_effect
 from gpdit_lightning.progress import progress_bar
 from gpdit_lightning.signals import signals_delayed
 
@@ -87,6 +88,8 @@ def report_short_ground_truth(options: SampleOptions, plan: GenerationPlan) -> N
 def output_maker(options: SampleOptions, plan: GenerationPlan, temporal_factor: int) -> Callable[[Clip], VideoOutput]:
     """Return a function that makes the output files of a video; it raises `InputError` if they cannot be written."""
     formats = output_formats(options.out, options.formats, plan.clips)
+    if "mp4" not in formats:
+        check_has_effect(options, "without an mp4, which --out and --formats leave out", "mark", "side_by_side")
 
     def make_output(clip: Clip) -> VideoOutput:
         return VideoOutput(

@@ -117,6 +117,8 @@ def _load(role: str, options: NetworkOptions, registry: Mapping[str, Callable[..
     factory = resolve(kind, registry, f"{role} network", base=nn.Module)
     arguments = dict(options.arguments)
     file, sha256 = kind, ""
+    if options.path is None and options.sha256 is not None:
+        raise InputError(f"the {role} network has a sha256 but no path: give both, or leave the sha256 out.")
     if options.path is not None:
         remedy = "give its file of weights" if is_custom else REMEDIES[role]
         path, sha256 = verify_file(role, options.path, options.sha256, remedy)

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.options.shared import OptionRecord, RecipeOptions, check_at_least, check_between
+from gpdit_lightning.options.shared import (
+    OptionRecord,
+    RecipeOptions,
+    check_at_least,
+    check_between,
+    check_has_effect,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,5 +68,9 @@ class EstimateOptions(RecipeOptions, HardwareOptions, SizeOptions):
             raise InputError(f"--scaling is {list(self.scaling)}: give numbers of GPUs of at least 1.")
         if self.measure and self.tflops is not None:
             raise InputError("both --measure and --tflops are given: give one of them.")
+        if self.measure:
+            check_has_effect(self, "with --measure", "gpu", "mfu")
+        if self.tflops is not None:
+            check_has_effect(self, "with --tflops", "mfu")
         # Far below these, times are infinite.
         check_between(self, mfu=(1e-6, 1), tflops=(1e-6, 1e9), network=(1e-6, 1e9))

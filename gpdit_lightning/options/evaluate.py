@@ -17,6 +17,7 @@ from gpdit_lightning.options.shared import (
     SizeOptions,
     check_at_least,
     check_at_most,
+    check_has_effect,
 )
 
 LabelRule = Literal["balanced", "uniform", "data"]
@@ -163,5 +164,7 @@ class EvaluateOptions(
             raise InputError(
                 f"--label_guidance is {self.label_guidance} without labels: leave --no_labels or --label_guidance out."
             )
+        if self.video_network is None:
+            check_has_effect(self, "without --video_network", "fvd_frames")
         if self.classifier is not None and self.image_network is None:
             raise InputError("a classifier is given without an image_network: give both, since IS requires both.")

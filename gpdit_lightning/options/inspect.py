@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from gpdit_lightning.options.shared import DeviceOptions, OptionRecord, check_at_least
+from gpdit_lightning.options.shared import DeviceOptions, OptionRecord, check_at_least, check_has_effect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,3 +41,9 @@ class InspectOptions(InspectionOptions, DeviceOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, samples=1, workers=1, show=1)
+        if self.show is None:
+            check_has_effect(self, "without --show", "out", "codec_source", "codec", "device")
+        if not self.verify:
+            check_has_effect(self, "without --verify", "workers")
+        if self.verify or self.show is not None or self.why is not None:
+            check_has_effect(self, "with --verify, --show or --why, which print no overview", "samples")

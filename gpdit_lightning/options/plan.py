@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.options.shared import OptionRecord, check_at_least, check_is_utf8
+from gpdit_lightning.options.shared import OptionRecord, check_at_least, check_has_effect, check_is_utf8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,8 @@ class PlanOptions(PlannedMachineOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, gpus=0, cores=1)
+        if self.gpus == 0:
+            check_has_effect(self, "with --gpus 0", "gpu", "gpu_memory")
         for name in ("data_dir", "out", "run_dir"):
             check_is_utf8(self, name, "rename it, since the recipe records it")
         for name in ("hours", "gpu_memory", "host_memory"):

@@ -15,6 +15,7 @@ from gpdit_lightning.options.shared import (
     OptionRecord,
     check_at_least,
     check_at_most,
+    check_has_effect,
 )
 
 VideoFormat = Literal["mp4", "gif", "png", "safetensors"]
@@ -117,3 +118,8 @@ class VideoOutputOptions(OptionRecord):
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(ModelOptions, GenerationOptions, ContextOptions, CompileOptions, VideoOutputOptions):
     """Sample."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.context:
+            check_has_effect(self, "without --context", "context_frames", "start", "side_by_side")

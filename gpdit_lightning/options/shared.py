@@ -45,6 +45,20 @@ def check_between(options: Any, **ranges: tuple[float, float]) -> None:
             raise InputError(f"--{name} is {value}: give a number from {least:g} to {most:g}.")
 
 
+def check_has_effect(options: Any, condition: str, *names: str) -> None:
+    """Raise an InputError if one of some options has a value other than its default.
+
+    Args:
+        options: the record.
+        condition: under which the options have no effect, such as `without --context`.
+        names: the options.
+    """
+    defaults = {field.name: field.default for field in fields(options)}
+    for name in names:
+        if getattr(options, name) != defaults[name]:
+            raise InputError(f"--{name} has no effect {condition}: change that, or leave --{name} out.")
+
+
 def check_is_utf8(options: Any, name: str, cure: str) -> None:
     """Raise an InputError if the value of an option, or one of its items, has bytes that are not UTF-8."""
     value = getattr(options, name)

@@ -263,6 +263,7 @@ def test_the_codec_determines_the_latent_frames_that_are_assumed(
         (["--gpus=0"], "--gpus is 0: give at least 1"),
         (["--gpu_memory=0"], "--gpu_memory is 0.0"),
         (["--video_sizes", "100x100"], "multiples of 16 pixels"),
+        (["--sequence_sizes", "64x64"], "--sequence_sizes has no effect, since the recipe uses no sequences"),
         (["--trainer.strategy=fsdp"], "trainer.strategy is fsdp"),
         (["--trainer.precision=16-mixed"], "trainer.precision is 16-mixed"),
         (["--data.images.micro_batches=7"], "which is no multiple of micro_batches x data.max_ranks = 7 x"),

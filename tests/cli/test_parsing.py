@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from gpdit_lightning.cli import main
+from gpdit_lightning.cli import main, record_of
 from gpdit_lightning.cli.parsing import parse
 from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.errors import InputError
@@ -235,3 +235,32 @@ def test_any_name_of_a_file_is_an_option_value(name: str, tmp_path: Path, monkey
     assert parse("prepare", "", PrepareOptions, ["--videos", name, "--out=x"]).videos == (Path(name),)
     inspection = parse("inspect", "", InspectOptions, [name, "--why", name])
     assert (inspection.folder, inspection.why) == (Path(name), name)
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "option", "condition"),
+    [
+        ("sample", ["--checkpoint=m", "--start=0"], "start", "without --context"),
+        ("sample", ["--checkpoint=m", "--context_frames=5"], "context_frames", "without --context"),
+        ("sample", ["--checkpoint=m", "--side_by_side"], "side_by_side", "without --context"),
+        ("inspect", ["--folder=f", "--out=a.png"], "out", "without --show"),
+        ("inspect", ["--folder=f", "--codec_source=c"], "codec_source", "without --show"),
+        ("inspect", ["--folder=f", "--show=3", "--workers=2"], "workers", "without --verify"),
+        ("inspect", ["--folder=f", "--show=3", "--samples=2"], "samples", "with --verify, --show or --why, which "),
+        ("plan", ["--data_dir=d", "--gpus=0", "--gpu=A100"], "gpu", "with --gpus 0"),
+        ("plan", ["--data_dir=d", "--gpus=0", "--gpu_memory=40"], "gpu_memory", "with --gpus 0"),
+        ("estimate", ["--config=r.yaml", "--measure", "--gpu=A100"], "gpu", "with --measure"),
+        ("estimate", ["--config=r.yaml", "--tflops=3", "--mfu=0.5"], "mfu", "with --tflops"),
+        ("evaluate", ["--checkpoint=m", "--out=o", "--fvd_frames=generated"], "fvd_frames", "without --video_network"),
+    ],
+)
+def test_an_option_without_effect_is_refused_unless_it_has_its_default(
+    verb: str, arguments: list[str], option: str, condition: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text("run_dir: r")
+    record = record_of(verb)
+    with pytest.raises(InputError, match=f"^--{option} has no effect {condition}.*, or leave --{option} out"):
+        parse(verb, "Does something.", record, arguments)
+    of_default = InspectOptions(folder=Path("f"), out=Path("sheet.png"), samples=512, verify=True)
+    assert of_default.out == Path("sheet.png")

@@ -142,6 +142,7 @@ def test_lists_and_folders_give_the_same_split(workspace: Path, ucf: Path, tmp_p
     ("options", "message"),
     [
         (["--split", 3], "split 3 tests on the groups g15 to g21"),
+        (["--group_pattern", ".+"], "--group_pattern has no effect with split 1 of UCF-101"),
         (["--split", 1, "--train_list", "a", "--test_list", "b"], "both --split 1 and lists of videos are given"),
         (["--train_list", "a"], "give both"),
         (["--regularisation", "-1"], "--regularisation is -1.0: give auto or a number above 0"),

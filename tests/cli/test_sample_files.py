@@ -102,6 +102,15 @@ def test_ground_truth_that_ends_before_the_video_is_named(
     assert says is None or re.search(says, named[0])
 
 
+def test_options_of_the_mp4_are_refused_where_none_is_written(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in ("mark", "side_by_side"):
+        assert sample(workspace, tmp_path / "a.png", "--frames=1", f"--{option}") == 2
+        assert f"--{option} has no effect without an mp4" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_ctrl_c_keeps_the_frames_so_far_as_a_playable_video(workspace: Path, tmp_path: Path) -> None:
     options = ["--formats", "mp4", "png", "safetensors", "--seed=3"]
     names = [

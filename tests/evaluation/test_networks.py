@@ -183,6 +183,11 @@ def test_the_sha256_is_verified_before_the_file_is_loaded(tmp_path: Path) -> Non
         load_video_network(NetworkOptions(path=str(tmp_path / "network.pt"), sha256="0" * 64))
 
 
+def test_a_sha256_without_a_file_is_refused() -> None:
+    with pytest.raises(InputError, match="the video network has a sha256 but no path"):
+        load_video_network(NetworkOptions(kind="torch.nn.Identity", sha256="0" * 64))
+
+
 class FolderOnUnpickling:
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -46,4 +46,4 @@ def test_a_value_of_another_type_is_refused(option: str, value: Any, kind: str) 
 
 def test_integers_are_numbers_and_so_are_those_of_numpy() -> None:
     values: dict[str, Any] = {"guidance": 2, "frames": np.int64(4), "start": np.float32(0.5), "window": None}
-    assert SampleOptions(checkpoint="runs/a", **values).frames == 4
+    assert SampleOptions(checkpoint="runs/a", context="a.mp4", **values).frames == 4  # type: ignore[arg-type]
