@@ -19,6 +19,7 @@ LEAVES = {
         "devices",
         "imports",
         "names",
+        "path_kinds",
         "progress",
         "randomness",
         "recalled_files",

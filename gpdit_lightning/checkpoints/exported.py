@@ -29,12 +29,13 @@ from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.files import atomic_write, read_bounded
 from gpdit_lightning.hashes import remembered_sha256
 from gpdit_lightning.model.config import GPDiTConfig
+from gpdit_lightning.path_kinds import EXPORTED_CONFIG, EXPORTED_WEIGHTS
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import parse_json, shown
 from gpdit_lightning.tensor_files import safetensors_header
 from gpdit_lightning.version import __version__
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CONFIG, WEIGHTS, CARD = EXPORTED_CONFIG, EXPORTED_WEIGHTS, "README.md"
 CODEC = "codec.safetensors"
 STRIP, ANIMATION = IMAGES = "sample.png", "sample.gif"
 CHECKSUMS = "SHA256SUMS"

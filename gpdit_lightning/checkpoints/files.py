@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpdit_lightning import path_kinds
 from gpdit_lightning.checkpoints.content import CURE, read_content
 from gpdit_lightning.checkpoints.facts import Origin, WeightsKind
 from gpdit_lightning.checkpoints.marks import AVERAGE as AVERAGE  # the names of all files of a checkpoint are here
@@ -38,7 +39,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import flush, partial_path, publish, remove
 from gpdit_lightning.tensor_files import TensorOnDisk
 
-CHECKPOINTS, LAST = "checkpoints", "last.ckpt"  # the folder in a run folder, and the link in it
+CHECKPOINTS, LAST = path_kinds.CHECKPOINTS, "last.ckpt"  # the folder in a run folder, and the link in it
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +146,10 @@ def find_checkpoint(path: str | Path, verify: bool = False) -> Path:
     if not (path / TRAINING).is_file():
         last = last_checkpoint(path, verify) if path.is_dir() else None
         if last is None:
-            raise InputError(f"there is no checkpoint at {path}: give a step-N.ckpt or a run folder that has some.")
+            cure = "give a step-N.ckpt, a run folder of `fit` that has some, or an exported model"
+            raise InputError(
+                f"there is no checkpoint at {path}, {path_kinds.reason_and_cure(path, 'checkpoint', cure)}."
+            )
         return last
     if path.is_symlink():  # such as `last.ckpt`: the mark is beside the target of the link
         path = path.parent / path.readlink()

@@ -12,13 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from gpdit_lightning import path_kinds
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, read_bounded, sha256_of
 from gpdit_lightning.hashes import remembered_sha256
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import COUNT, OBJECT, SHA256, check, parse_json, shown
 
-TRAINING, AVERAGE = "training.ckpt", "ema.safetensors"
+TRAINING, AVERAGE = path_kinds.TRAINING, "ema.safetensors"
 MAX_MARK_BYTES = 2**20
 MAX_HASHED_AT_ONCE = 8  # files of a checkpoint, each by a thread
 SCHEMA = {"step": COUNT, "files": OBJECT}

@@ -4,6 +4,7 @@ jsonargparse parses every recipe, file of options and value of the command line 
 with `read_text`.
 """
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from jsonargparse import _loaders_dumpers
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import read_bounded
+from gpdit_lightning.path_kinds import found_at, reason_and_cure
 
 PARSER_MODE = "omegaconf+"  # YAML with interpolations that are resolved after all files are read
 
@@ -40,6 +42,9 @@ def read_text(path: str | Path) -> str:
     """
     if "\0" in str(path):
         raise InputError(f"{str(path)!r} contains a null character: give the path of a file.")
+    if os.path.exists(path) and (os.path.isdir(path) or found_at(Path(path)).kind not in ("recipe", None)):
+        reason = reason_and_cure(Path(path), "recipe", "give a YAML file, or gpdit: and the name of a shipped recipe")
+        raise InputError(f"{path} is no file of options, {reason}.")
     content = read_bounded(Path(path), MAX_BYTES)
     try:
         return content.decode("utf-8-sig")

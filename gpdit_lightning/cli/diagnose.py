@@ -20,8 +20,7 @@ from gpdit_lightning.diagnosis.report import draw, report, setting_texts
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import announce_replaced, check_writable
 from gpdit_lightning.options.diagnose import DiagnoseOptions
-
-RECIPE = "config.yaml"
+from gpdit_lightning.path_kinds import RECIPE
 
 
 def diagnose(options: DiagnoseOptions) -> None:

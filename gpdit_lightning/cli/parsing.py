@@ -35,6 +35,7 @@ def _path(text: str) -> Path:
 
 register_type(Path, deserializer=_path, fail_already_registered=False)
 
+OF_RECIPES = {"model", "trainer"}  # fields that no file of options for another verb has
 COMMAND = "python -m gpdit_lightning"
 
 Record = TypeVar("Record")
@@ -69,6 +70,12 @@ def parse(verb: str, description: str, record: type[Record], arguments: Sequence
         of_verb = [*_options_in_files(recipe["config"], record), *of_verb]
     else:
         of_verb = with_bases(arguments)
+        for file in (word.removeprefix("--config=") for word in of_verb if word.startswith("--config=")):
+            if not OF_RECIPES.isdisjoint(read_yaml(Path(file))):
+                raise InputError(
+                    f"{file} is a recipe of fit, not options of {verb}: leave it out; the options of {verb} are those "
+                    f"of `{verb} --help`."
+                )
     # The values of a recipe may be interpolations, and those of a printed configuration are shown as they are.
     is_literal = not issubclass(record, RecipeOptions) and not any(word.startswith("--print") for word in of_verb)
     names = LiteralNames() if is_literal else None

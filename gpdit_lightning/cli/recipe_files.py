@@ -69,7 +69,8 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
     The bases are the recipes in the field `base` of FILE. Later files override earlier ones field by field.
 
     Raises:
-        InputError: `--config` has no file, a base does not exist, or a recipe is a base of itself.
+        InputError: `--config` has no file, a base does not exist, a recipe is a base of itself, or a file has the field
+            `config`.
     """
     expanded: list[str] = []
     given = iter(arguments)
@@ -114,7 +115,10 @@ def _chain_of_bases(path: Path, above: tuple[Path, ...], known: dict[str, list[P
     Raises:
         InputError: see :func:`with_bases`.
     """
-    bases = read_yaml(path, needed_by=above[-1] if above else None).get("base") or []
+    content = read_yaml(path, needed_by=above[-1] if above else None)
+    if "config" in content:
+        raise InputError(f"{path} has the field config, which no file can have: name files to build on as `base`.")
+    bases = content.get("base") or []
     file = os.path.realpath(path)
     if file in known:
         return known[file]

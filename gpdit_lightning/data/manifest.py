@@ -25,6 +25,7 @@ from gpdit_lightning.data.shard_entry import (
 )
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, read_bounded
+from gpdit_lightning.path_kinds import MANIFEST, reason_and_cure
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import (
     CONTENT_HASH,
@@ -46,7 +47,7 @@ from gpdit_lightning.schema import (
 from gpdit_lightning.specs import CodecSpec
 
 FORMAT = "gpdit_lightning-shards-2"
-FILE_NAME = "manifest.json"
+FILE_NAME = MANIFEST
 SKIPPED_NAME, NOTES_NAME = "skipped.jsonl", "notes.jsonl"
 
 Folder = Path | UPath  # a local path, or any other that fsspec reads
@@ -193,11 +194,10 @@ def _read(path: Folder) -> Any:
             raise FailedDownloadError(str(error)) from None
     try:
         return parse_json(read_bounded(path, MAX_JSON_BYTES), str(path), PREPARE_AGAIN)
-    except FileNotFoundError:
-        raise MissingManifestError(
-            f"{path} does not exist: give a folder made by `python -m gpdit_lightning prepare`, or for "
-            "sequences by `prepare-pairs`."
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        cure = "give a folder made by `python -m gpdit_lightning prepare`, or for sequences by `prepare-pairs`"
+        given = path.parent if path.name == FILE_NAME else path
+        raise MissingManifestError(f"there are no data at {given}, {reason_and_cure(given, 'data', cure)}.") from None
     except OSError as error:
         damaged = InputError(f"{path} cannot be read ({error.strerror}): {PREPARE_AGAIN}.")
         raise transient_error(error, path) or damaged from None
@@ -216,6 +216,8 @@ def _manifest_path(path: str | Folder) -> Folder:
 def _parse(content: Any, path: Folder) -> Manifest:
     """Parse and validate the JSON content of a manifest; an `InputError` names the first invalid field."""
     file_format = check(content, OBJECT, "", str(path), PREPARE_AGAIN).get("format")
+    if file_format != FORMAT and isinstance(path, Path) and path.name != FILE_NAME:
+        raise InputError(f"{path} is no manifest, {reason_and_cure(path, 'data', 'give a folder of `prepare`')}.")
     if file_format != FORMAT:
         raise InputError(f"{path} has format {shown(file_format)} and this version reads {FORMAT!r}: {PREPARE_AGAIN}.")
     check(content, SCHEMA, "", str(path), PREPARE_AGAIN)

@@ -10,6 +10,7 @@ from typing import Any
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest, MissingManifestError
 from gpdit_lightning.data.source import KINDS, SourceConfig
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.path_kinds import reason_and_cure
 
 log = logging.getLogger(__name__)
 
@@ -120,9 +121,8 @@ def load_manifest(path: str, option: str, sources: Collection[str], check_files:
     try:
         return Manifest.load(path, check_files)
     except MissingManifestError:
-        inside = [str(found.parent) for found in sorted(Path(path).glob(f"*/{FILE_NAME}"))] if "://" not in path else []
-        cure = f"give --data_dir {' '.join(inside)}" if inside else how_to_prepare(sources)
-        raise InputError(f"{option} is {path}, which has no {FILE_NAME}: {cure}.") from None
+        reason = reason_and_cure(Path(path), "data", how_to_prepare(sources))
+        raise InputError(f"{option} is {path}, which has no {FILE_NAME}, {reason}.") from None
 
 
 def load_data_dir(paths: Sequence[str], sources: Collection[str], check_files: bool = True) -> dict[str, Manifest]:

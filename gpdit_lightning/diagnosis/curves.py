@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gpdit_lightning.diagnosis.event_files import read_scalars
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.path_kinds import found_at, reason_and_cure
 
 EVENT_FILES = "events.out.tfevents.*"
 EARLIER_EVENTS = "tensorboard"  # folder of the event files in a run folder of earlier versions
@@ -114,20 +115,16 @@ def read_curves(run_dir: Path) -> RunCurves:
         InputError: the folder does not exist, has no event files, one is not a regular file, or they have no curves
             yet.
     """
+    example = "give a run folder, such as runs/demo/stage3_long_video"
     if not run_dir.is_dir():
-        raise InputError(f"{run_dir} is not a folder: give a run folder, such as runs/demo/stage3_long_video.")
+        raise InputError(f"{run_dir} is no run folder, {reason_and_cure(run_dir, 'run', example)}.")
     folder = run_dir / event_folder(run_dir)
     files = sorted(folder.glob(EVENT_FILES))
     if not files:
-        runs = sorted({path.parent.name for path in run_dir.glob(f"*/{EVENT_FILES}")})
-        raise InputError(
-            f"{run_dir} has no event files of TensorBoard: "
-            + (
-                f"give one of the run folders in it, such as {run_dir / runs[0]}."
-                if runs
-                else "give a run folder whose run has trainer.logger at its default or a TensorBoardLogger there."
-            )
-        )
+        reason = f", {reason_and_cure(run_dir, 'run', example)}"
+        if found_at(run_dir).kind == "run":
+            reason = ": give a run folder whose run has trainer.logger at its default or a TensorBoardLogger there"
+        raise InputError(f"{run_dir} has no event files of TensorBoard{reason}.")
     scalars = read_scalars(files)
     curves = {}
     for tag, points in scalars.points.items():

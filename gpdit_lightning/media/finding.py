@@ -16,6 +16,7 @@ from gpdit_lightning.files import check_regular, read_lines
 from gpdit_lightning.media.containers import MIME_TYPES, VIDEO_EXTENSIONS, is_video
 from gpdit_lightning.media.images import IMAGE_FORMATS, SEARCHED_EXTENSIONS
 from gpdit_lightning.names import as_text, from_text
+from gpdit_lightning.path_kinds import Kind, found_at, reason_and_cure
 from gpdit_lightning.retries import retried, transient_error
 
 Medium = Literal["video", "image"]
@@ -28,6 +29,7 @@ COMPANIONS = {
     *(".safetensors", ".tar", ".zip", ".gz", ".mp3", ".wav", ".m4a", ".flac", ".aac", ".opus"),
 }
 LIST_EXTENSION = ".txt"
+OTHER_KINDS: tuple[Kind, ...] = ("run", "checkpoint", "data", "recipe")
 VANISHED = "was removed while its folder was searched"
 MAX_SHOWN = 5  # unusable files in a message
 
@@ -317,13 +319,22 @@ def find_media(path: Path, medium: Medium) -> Findings:
     if path.is_dir():
         findings = search_folder(path, medium)
         if not findings.files:
-            reasons = "".join(f"; {sentence}" for sentence in findings.describe_left_out())
-            raise InputError(f"{path} has no {medium} files: give another folder{reasons}.")
+            other: Medium = "image" if medium == "video" else "video"
+            reason = f": give it as --{other}s" if findings.has_others(other) else ": give another folder"
+            if found_at(path).kind in OTHER_KINDS:
+                reason = f", {reason_and_cure(path, 'media', 'give another folder')}"
+            left_out = "".join(f"; {sentence}" for sentence in findings.describe_left_out())
+            raise InputError(f"{path} has no {medium} files{reason}{left_out}.")
         return findings
     cure = f"give a folder, a file or a .txt list of {medium}s"
     if not path.exists():
         raise InputError(f"{path} does not exist: {cure}.")
     check_regular(path, cure)
+    if found_at(path).kind in OTHER_KINDS:
+        raise InputError(f"{path} is no {medium}, {reason_and_cure(path, 'media', cure)}.")
+    found = medium_of(path)
+    if found not in (medium, None) and path.suffix.lower() != ".gif":  # which is also an image
+        raise InputError(f"{path} is {found_at(path).noun}, but {medium}s are needed: give it as --{found}s.")
     if path.suffix.lower() == LIST_EXTENSION:
         return Findings(read_file_list(path))
     return Findings([FoundFile(path, as_text(path.name))])

@@ -7,12 +7,13 @@ from pathlib import Path
 from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from gpdit_lightning import path_kinds
 from gpdit_lightning.checkpoints.files import CHECKPOINTS
 from gpdit_lightning.files import BoundedReader, atomic_write
 from gpdit_lightning.training.internals import event_writer
 from gpdit_lightning.training.loggers import files_in_run_folder, order_event_files
 
-LOCK, RECIPE = ".lock", "config.yaml"
+LOCK, RECIPE = ".lock", path_kinds.RECIPE
 
 
 class RunFolderFiles:

@@ -84,7 +84,11 @@ def test_later_manifests_replace_those_of_data_dir(folders: Path, capsys: pytest
             "stage4_few_shot",
             ["no sequences for training in both", "prepare-pairs", "--data_dir"],
         ),
-        (["--data_dir", "."], "stage2_mixed", ["has no manifest.json: give --data_dir both image odd video"]),
+        (
+            ["--data_dir", "."],
+            "stage2_mixed",
+            ["folder of such folders: give --data_dir both image odd video"],
+        ),
         (["--data_dir", "nowhere"], "stage2_mixed", ["data_dir is nowhere", "prepare --videos"]),
         (["--data_dir"], "stage2_mixed", ["--data_dir has no folder"]),
         (["--data_dir", "odd"], "stage2_mixed", ["data.videos have 3x4", "backbone.patch_size 1", "multiples of 16"]),

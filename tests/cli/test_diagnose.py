@@ -395,7 +395,7 @@ def test_what_cannot_be_read_is_refused_with_one_sentence(
     no_recipe = write_run(tmp_path / "no_recipe", {"model": 3})
     other = write_run(tmp_path / "other", recipe(tiny_shards, ema={"decay": 0.5}))
     for words, message in (
-        ([str(tmp_path / "none")], "none is not a folder: give a run folder"),
+        ([str(tmp_path / "none")], "none is no run folder, since it does not exist: give a run folder"),
         ([str(tmp_path / "empty")], "empty has no event files of TensorBoard"),
         ([str(no_recipe)], "config.yaml is not the recipe of a run"),
         ([references[0], "--reference", "digits"], "--reference is digits, which is no folder or file"),

@@ -142,7 +142,9 @@ def test_data_that_cannot_be_planned_for(
     pairs = write_shards(tmp_path / "pairs", {("train", "sequence", (6, 8, 8)): 3}).directory
     with pytest.raises(InputError, match="no images or videos for training: few-shot sequences fine-tune"):
         plan_for(MACHINES["cpu"], monkeypatch, pairs, tmp_path / "recipe.yaml")
-    with pytest.raises(InputError, match=r"which has no manifest\.json: make some with .*prepare"):
+    with pytest.raises(
+        InputError, match=r"which has no manifest\.json, since it does not exist: make some with .*prepare"
+    ):
         plan_for(MACHINES["cpu"], monkeypatch, tmp_path / "nothing", tmp_path / "recipe.yaml")
 
 

@@ -49,7 +49,7 @@ def test_prepare_prints_a_table_and_the_next_command(
     assert prepare(images, out, "--shard_size", "3") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "of other options (shard_size was 1000 and is 3)" in error
+    assert "of other options (--shard_size was 1000 and is 3)" in error
 
 
 @pytest.mark.parametrize("with_images", [False, True])
@@ -138,7 +138,7 @@ def test_inspect_refuses_a_folder_without_shards(
     assert main(["inspect", str(tmp_path), *words]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"{tmp_path / 'manifest.json'} does not exist" in error
+    assert f"there are no data at {tmp_path}, since it is an empty folder" in error
 
 
 @pytest.mark.parametrize(

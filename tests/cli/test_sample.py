@@ -267,7 +267,7 @@ def other_codec(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         ("--label_guidance=2", ["--label_guidance is 2.0, but 1 has no label", "give --label"]),
         ("--label_guidance=2 --checkpoint unlabelled", ["--label_guidance is 2.0, but 1 has no label"]),
         ("--no_cache", ["of2", "--window and --sinks allow 4"]),
-        ("--device=gpu", ["the device 'gpu' cannot be used"]),
+        ("--device=gpu", ["torch has no device 'gpu': give auto, cpu or cuda"]),
         ("--out still.png/out.mp4", ["out.mp4 cannot be written", "still.png is not a writable folder"]),
         ("--out out.webm", ["out.webm is not of a format", "one of .mp4, .gif, .png, .safetensors"]),
         ("--out out.MP4", ["out.MP4 is not of a format"]),

@@ -1,0 +1,141 @@
+"""What a path holds, for messages about a path of another kind than an option takes.
+
+The kinds are recognized by the names of files, whose content is not read.
+"""
+
+import mimetypes
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+Kind = Literal["run", "checkpoint", "data", "recipe", "media"]
+
+CHECKPOINTS, TRAINING = "checkpoints", "training.ckpt"  # the folder in a run folder, a file of a checkpoint
+RECIPE = "config.yaml"  # of a run folder
+MANIFEST = "manifest.json"  # of prepared data
+EXPORTED_CONFIG, EXPORTED_WEIGHTS = "config.json", "model.safetensors"
+
+TAKEN_BY: dict[Kind, str] = {
+    "run": "--checkpoint",
+    "checkpoint": "--checkpoint",
+    "data": "--data_dir",
+    "recipe": "--config",
+    "media": "`prepare`",
+}
+SEARCHED = 1000  # entries of a folder
+NUM_PARENTS = 3
+MIME_TYPES = mimetypes.MimeTypes()  # the same on every machine
+
+
+class Found(NamedTuple):
+    """What a path holds.
+
+    Attributes:
+        kind: its kind; None for another one.
+        noun: with an article, for messages.
+        medium: of a video or image, or a folder with some.
+    """
+
+    kind: Kind | None
+    noun: str
+    medium: Literal["video", "image"] | None = None
+
+
+def found_at(path: Path) -> Found:
+    """Return what an existing path holds."""
+    return _found_in_folder(path) if path.is_dir() else _found_in_file(path)
+
+
+def reason_and_cure(path: Path, wanted: Kind, cure: str) -> str:
+    """Return why a path does not hold what an option takes, with the cure, as the end of a sentence.
+
+    For example "since it is a video: prepare it with `...`, and give latents/mine" or "since it does not exist: ...".
+
+    Args:
+        path: local.
+        wanted: what the option takes.
+        cure: for a path of which nothing better is known.
+    """
+    if not path.exists():
+        return f"since it does not exist: {cure}"
+    found = found_at(path)
+    inside = _inside(path, wanted) if path.is_dir() and path.name != CHECKPOINTS else []
+    if inside:
+        reason = "since it is a folder of such folders" if wanted != "recipe" else f"since it is {found.noun}"
+        if wanted == "data":
+            return f"{reason}: give --data_dir {' '.join(map(str, inside))}"
+        return f"{reason}: give {f'one of the {len(inside)} in it, such as ' if len(inside) > 1 else ''}{inside[0]}"
+    reason = f"since it is {found.noun}"
+    if found.kind != "media" and (near := _above(path, wanted)):
+        return f"{reason}: give {near}"
+    if wanted == "data" and found.medium:
+        command = f"python -m gpdit_lightning prepare --{found.medium}s {path} --out latents/mine"
+        return f"{reason}: prepare it first, with `{command}`, and give latents/mine"
+    if wanted == "checkpoint" and found.kind == "run":
+        return f"{reason} without one: {cure}"
+    return f"{reason}: {cure}{f' ({TAKEN_BY[found.kind]} takes this one)' if found.kind else ''}"
+
+
+def _found_in_folder(path: Path) -> Found:
+    if (path / TRAINING).is_file():
+        return Found("checkpoint", "a checkpoint")
+    if (path / CHECKPOINTS).is_dir():
+        return Found("run", "a run folder")
+    if (path / EXPORTED_WEIGHTS).is_file():
+        return Found("checkpoint", "an exported model")
+    if (path / MANIFEST).is_file():
+        return Found("data", "a folder of prepared data")
+    entries = list(_entries(path))
+    media = [found for entry in entries if entry.is_file() and (found := _found_in_file(entry)).medium]
+    if media:
+        return Found("media", f"a folder with {media[0].medium}s", media[0].medium)
+    return Found(None, "a folder" if entries else "an empty folder")
+
+
+def _found_in_file(path: Path) -> Found:
+    suffix, folder = path.suffix.lower(), path.parent
+    if suffix in (".yaml", ".yml"):
+        return Found("recipe", "a recipe")
+    if path.name == MANIFEST:
+        return Found("data", "the manifest of prepared data")
+    if suffix == ".tar" and (folder / MANIFEST).is_file():
+        return Found("data", "a shard of prepared data")
+    if suffix in (".ckpt", ".safetensors") and (folder / TRAINING).is_file():
+        return Found("checkpoint", "a file of a checkpoint")
+    if path.name in (EXPORTED_CONFIG, EXPORTED_WEIGHTS) and (folder / EXPORTED_WEIGHTS).is_file():
+        return Found("checkpoint", "a file of an exported model")
+    mime = (MIME_TYPES.guess_type(path.name)[0] or "").partition("/")[0]
+    if mime == "video" or suffix == ".gif":
+        return Found("media", "a video", "video")
+    return Found("media", "an image", "image") if mime == "image" else Found(None, "a file")
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """Yield some entries of a folder that are not hidden; none of one that cannot be read."""
+    with suppress(OSError):
+        yield from (entry for entry in islice(folder.iterdir(), SEARCHED) if not entry.name.startswith("."))
+
+
+def _holds(path: Path, wanted: Kind) -> bool:
+    """Return whether an option that takes a kind takes this path: a folder, or the file of a recipe."""
+    kinds = ("checkpoint", "run") if wanted == "checkpoint" else (wanted,)
+    return found_at(path).kind in kinds and path.is_dir() == (wanted != "recipe")
+
+
+def _inside(folder: Path, wanted: Kind) -> list[Path]:
+    """Return the entries of a folder that an option takes; of a run folder, its recipe."""
+    if wanted == "media":  # is searched for before this
+        return []
+    if wanted == "recipe" and (folder / RECIPE).is_file():
+        return [folder / RECIPE]
+    return sorted(entry for entry in _entries(folder) if _holds(entry, wanted))
+
+
+def _above(path: Path, wanted: Kind) -> Path | None:
+    """Return the closest folder above a path that an option takes, or of a run folder its recipe."""
+    folders = list(islice(path.parents, NUM_PARENTS))
+    if wanted == "recipe":
+        return next((folder / RECIPE for folder in folders if (folder / RECIPE).is_file()), None)
+    return next((folder for folder in folders if _holds(folder, wanted)), None) if wanted != "media" else None

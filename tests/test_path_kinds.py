@@ -1,0 +1,112 @@
+"""Paths of another kind than an option takes: the message says what was found, and names the path or option to use."""
+
+from pathlib import Path
+
+import pytest
+
+from gpdit_lightning.cli import main
+from gpdit_lightning.path_kinds import Kind, reason_and_cure
+
+FILES = (
+    *("runs/config.yaml", "runs/a/config.yaml", "runs/a/checkpoints/step-1.ckpt/training.ckpt"),
+    *("runs/a/checkpoints/step-1.ckpt/ema.safetensors", "runs/b/checkpoints/x", "runs/sample.mp4"),
+    *("latents/one/manifest.json", "latents/one/train.tar", "latents/two/manifest.json"),
+    *("exported/config.json", "exported/model.safetensors", "videos/1.mp4", "images/1.png", "list.txt"),
+)
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in FILES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}" if name.endswith(".json") else b"\xff")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("work")
+@pytest.mark.parametrize(
+    ("path", "wanted", "expected"),
+    [
+        ("runs", "checkpoint", "a folder of such folders: give one of the 2 in it, such as runs/a"),
+        ("runs/b", "checkpoint", "a run folder without one: CURE"),
+        ("runs/a/checkpoints", "checkpoint", "a folder: give runs/a"),
+        ("runs/a/config.yaml", "checkpoint", "a recipe: give runs/a"),
+        ("runs/a/checkpoints/step-1.ckpt/ema.safetensors", "checkpoint", "a file of a checkpoint: give runs/a/checkp"),
+        ("exported/model.safetensors", "checkpoint", "a file of an exported model: give exported"),
+        ("exported", "run", "an exported model: CURE (--checkpoint takes this one)"),
+        ("latents/one", "checkpoint", "a folder of prepared data: CURE (--data_dir takes this one)"),
+        ("latents/one/train.tar", "checkpoint", "a shard of prepared data: CURE (--data_dir takes this one)"),
+        ("runs/config.yaml", "checkpoint", "a recipe: CURE (--config takes this one)"),
+        ("videos/1.mp4", "checkpoint", "a video: CURE (`prepare` takes this one)"),
+        ("list.txt", "checkpoint", "a file: CURE"),
+        ("runs/a", "data", "a run folder: CURE (--checkpoint takes this one)"),
+        ("latents", "data", "a folder of such folders: give --data_dir latents/one latents/two"),
+        ("latents/one/train.tar", "data", "a shard of prepared data: give latents/one"),
+        (
+            "videos/1.mp4",
+            "data",
+            "a video: prepare it first, with `python -m gpdit_lightning prepare --videos videos/1.",
+        ),
+        ("images", "data", "a folder with images: prepare it first, with `python -m gpdit_lightning prepare --images "),
+        ("empty", "data", "an empty folder: CURE"),
+        ("runs/a", "recipe", "a run folder: give runs/a/config.yaml"),
+        ("runs/a/checkpoints/step-1.ckpt", "recipe", "a checkpoint: give runs/a/config.yaml"),
+        ("latents/one", "media", "a folder of prepared data: CURE (--data_dir takes this one)"),
+    ],
+)
+def test_a_path_of_another_kind_is_named_with_what_takes_it(path: str, wanted: Kind, expected: str) -> None:
+    assert reason_and_cure(Path(path), wanted, "CURE").startswith(f"since it is {expected}")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "fit --config gpdit:demo/stage2_mixed --data_dir videos/1.mp4",
+            "which has no manifest.json, since it is a vid",
+        ),
+        (
+            "inspect latents",
+            "there are no data at latents, since it is a folder of such folders: give --data_dir latents/",
+        ),
+        (
+            "inspect exported/config.json",
+            "exported/config.json is no manifest, since it is a file of an exported model",
+        ),
+        ("fit --config videos/1.mp4", "videos/1.mp4 is no file of options, since it is a video: give a YAML file"),
+        ("sample --config runs/a --checkpoint exported", "since it is a run folder: give runs/a/config.yaml"),
+        ("export --checkpoint runs --out o", "there is no checkpoint at runs, since it is a folder of such folders: "),
+        (
+            "diagnose runs",
+            "runs has no event files of TensorBoard, since it is a folder of such folders: give one of th",
+        ),
+        ("diagnose videos/1.mp4", "videos/1.mp4 is no run folder, since it is a video: give a run folder, such as"),
+        ("prepare --codec pca --out o --videos images", "images has no video files: give it as --images; other files"),
+        (
+            "prepare --codec pca --out o --videos images/1.png",
+            "1.png is an image, but videos are needed: give it as --im",
+        ),
+        ("prepare --codec pca --out o --images latents/one/train.tar", "is no image, since it is a shard of prepared"),
+        (
+            "prepare --codec pca --out o --videos latents/one",
+            "has no video files, since it is a folder of prepared data",
+        ),
+    ],
+)
+def test_options_answer_a_path_of_another_kind(
+    command: str, message: str, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.split()) == 2
+    assert message in capsys.readouterr().err
+    assert not (work / "o").exists()
+
+
+def test_a_training_recipe_as_options_of_another_verb(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--config", "gpdit:stage2_mixed", "--checkpoint", "runs/a"]) == 2
+    assert "is a recipe of fit, not options of sample: leave it out" in capsys.readouterr().err
+    (work / "mine.yaml").write_text("config: {a: b}\n")
+    for verb in ("fit", "sample"):
+        assert main([verb, "--config", "mine.yaml"]) == 2
+        assert "mine.yaml has the field config, which no file can have" in capsys.readouterr().err
