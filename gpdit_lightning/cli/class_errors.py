@@ -17,7 +17,7 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
 from gpdit_lightning.cli.bounded_yaml import load_yaml
-from gpdit_lightning.cli.messages import PREFIX
+from gpdit_lightning.cli.messages import PREFIX, same_word
 from gpdit_lightning.cli.parsing import OptionParser
 from gpdit_lightning.cli.recipe_files import read_yaml, value_at
 from gpdit_lightning.errors import InputError
@@ -61,22 +61,28 @@ class ClassSpec:
             InputError: the class cannot be imported or used here, or the mapping has other fields.
         """
         given = value if isinstance(value, Mapping) else {"class_path": value}
-        for name in given:
-            if name not in SPEC_FIELDS:
-                cure = did_you_mean(name, SPEC_FIELDS) or f": write {self.option}.init_args.{name}"
-                raise InputError(f"{self.option}.{name} is not an option{cure}.")
         if "class_path" in given and not has_interpolation(given["class_path"]):
             kind = resolve_class(given["class_path"], self.option, self.base)
             if self.kind not in (None, kind):  # jsonargparse drops arguments that the new class does not take
                 accepted = argument_names(kind)
                 self.arguments = {name: value for name, value in self.arguments.items() if name in accepted}
             self.kind = kind
+        for name in given:
+            if name not in SPEC_FIELDS:
+                meant = self.arguments_meant(name) or f"{self.option}.init_args.{name}"
+                cure = did_you_mean(name, SPEC_FIELDS) or f": write {meant}"
+                raise InputError(f"{self.option}.{name} is not an option{cure}.")
         later = {} if given.get("init_args") is None else given["init_args"]
         if not isinstance(later, Mapping):
             raise InputError(
                 f"{self.option}.init_args is {shown(later)}; it must be names with values, such as {{width: 8}}."
             )
         merge(self.arguments, later)
+
+    def arguments_meant(self, name: str) -> str:
+        """Return the options inside the arguments that an unknown name may stand for, joined by `or`; often empty."""
+        where = f"{self.option}.init_args"
+        return " or ".join(same_word(f"{where}.{name}", nested_names(self.kind, where))) if self.kind else ""
 
     def check_arguments(self) -> None:
         """Raise `InputError` unless the constructor accepts the arguments."""
@@ -85,7 +91,9 @@ class ClassSpec:
         where, kind, names = f"{self.option}.init_args", import_path(self.kind), argument_names(self.kind)
         for name in self.arguments:
             if name not in names:
-                cure = did_you_mean(name, names) or f": its arguments are {', '.join(names)}"
+                meant = self.arguments_meant(name)
+                cure = f" (did you mean {meant}?)" if meant else did_you_mean(name, names)
+                cure = cure or f": its arguments are {', '.join(names)}"
                 raise InputError(f"{where}.{name} is not an argument of {kind}{cure}.")
         for name in names:
             if has_interpolation(self.arguments.get(name)) or (name == "save_dir" and self.base is Logger):
@@ -219,8 +227,14 @@ def subclasses(base: type) -> list[type]:
 
 def argument_names(kind: type) -> list[str]:
     """Return the names of a constructor's arguments, with those that it passes to its base class."""
-    names = OptionParser().add_class_arguments(kind, "of", fail_untyped=False)
-    return list(dict.fromkeys(name.split(".")[1] for name in names))
+    return list(dict.fromkeys(name.split(".")[1] for name in nested_names(kind, "of")))
+
+
+def nested_names(kind: type, group: str) -> list[str]:
+    """Return the names of a constructor's arguments in a group, and those of the fields of records among them."""
+    parser = OptionParser()
+    parser.add_class_arguments(kind, group, fail_untyped=False)
+    return [action.dest for action in parser._actions if action.dest.startswith(f"{group}.")]
 
 
 def has_interpolation(value: Any) -> bool:

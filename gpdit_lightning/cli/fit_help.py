@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from gpdit_lightning.cli.messages import literal_choices
+from gpdit_lightning.cli.messages import is_offered, literal_choices
 
 HELP = Path(__file__).with_name("fit_help.txt")
 
@@ -70,8 +70,7 @@ def rendered() -> str:
 
 def is_shown(action: argparse.Action) -> bool:
     """Return whether an action is an option by itself: not hidden, not a whole group, and not explained in HEAD."""
-    hidden = action.help == argparse.SUPPRESS or action.default == argparse.SUPPRESS
-    return bool(action.option_strings) and not hidden and action.dest not in IN_HEAD
+    return is_offered(action) and action.dest not in IN_HEAD
 
 
 def paragraph(name: str, action: argparse.Action) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
@@ -12,6 +13,8 @@ from jsonargparse import DefaultHelpFormatter
 from gpdit_lightning.cli.arguments import item_type
 
 PREFIX = "the recipe or the command line cannot be used: "
+# Other names of options in this field.
+SYNONYMS = {"depth": "layers", "dim": "width", "epochs": "max_steps", "hidden_size": "width", "iterations": "max_steps"}
 NAMES_WITH_VALUES = "names with values, such as {width: 8}"
 EMPTY = "empty: give a value, or leave the option out"  # of a path
 # Nested lines of jsonargparse's reasons, which explain what a class path is.
@@ -100,9 +103,31 @@ def names_unknown_option(message: str) -> bool:
 
 def nearest_option(key: str, known: Sequence[str], form: str) -> str:
     """Return the end of a sentence about an unknown option: the nearest existing one, in a form such as `--{}`."""
-    abbreviated = sorted((name for name in known if name.startswith(key)), key=len)
-    nearest = abbreviated or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {form.format(nearest[0])}?" if nearest else "; see --help for all options."
+    abbreviated = sorted((name for name in known if name.startswith(key)), key=len)[:1]
+    nearest = abbreviated or same_word(key, known) or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(form.format, nearest))}?" if nearest else "; see --help for all options."
+
+
+def same_word(key: str, known: Sequence[str]) -> list[str]:
+    """Return the options of which the last word of an unknown one is the name, the initials (lr), or a synonym.
+
+    Of several, those are returned whose groups agree most with that of the unknown one.
+    """
+    group, _, word = key.rpartition(".")
+    found: dict[str, int] = {}
+    for name in known:
+        last = name.rpartition(".")[2]
+        initials = "".join(part[:1] for part in last.split("_"))
+        if SYNONYMS.get(word, word) == last or (len(initials) > 1 and word == initials):
+            equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(group, name, strict=False))
+            found[name] = len(list(equal))
+    return [name for name, agreement in found.items() if agreement == max(found.values())]
+
+
+def is_offered(action: argparse.Action) -> bool:
+    """Return whether an action is an option that is not hidden, and that no other option sets."""
+    hidden = argparse.SUPPRESS in (action.help, action.default)
+    return not hidden and any(name.startswith("-") for name in action.option_strings)
 
 
 def relevant_part(message: str) -> str:

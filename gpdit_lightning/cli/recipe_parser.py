@@ -7,7 +7,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from gpdit_lightning.cli import VERBS, record_of
 from gpdit_lightning.cli.checked_files import FileCheckingParser
-from gpdit_lightning.cli.messages import one_sentence
+from gpdit_lightning.cli.messages import is_offered, one_sentence
 from gpdit_lightning.cli.parsing import option_names
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
@@ -43,6 +43,10 @@ class RecipeParser(FileCheckingParser, LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise InputError instead of printing the usage."""
-        known = [action.dest for action in self._actions] + self.verb_options
-        known += [f"{name}.{f.name}" for name, options in NESTED_OPTIONS.items() for f in dataclasses.fields(options)]
+        known = [action.dest for action in self._actions if is_offered(action)] + self.verb_options
+        known += [
+            f"model.init_args.{name}.{f.name}"
+            for name, options in NESTED_OPTIONS.items()
+            for f in dataclasses.fields(options)
+        ]
         raise InputError(one_sentence(message, known))

@@ -63,6 +63,8 @@ def backbone(**fields: Any) -> dict[str, Any]:
         ({"trainer": {"max_stepz": 1}}, ["max_stepz", "did you mean 'trainer.max_steps'"]),
         ({"data": {"videos": {"batchsize": 1}}}, ["batchsize", "did you mean 'data.videos.batch_size'"]),
         ({"modle": {"x": 1}}, ["modle"]),
+        ({"optimizer": {"lr": 1}}, ["optimizer.lr", "did you mean 'model.init_args.optimizer.learning_rate'"]),
+        ({"model": {"lr": 1}}, ["model.lr is not an option: write model.init_args.optimizer.learning_rate"]),
         ({"data": {"seed": "${nothing.here}"}}, ["interpolation", "nothing.here"]),
         ({"trainer": {"max_steps": "many"}}, ["trainer.max_steps", "many"]),
         ({"trainer": {"max_steps": 0}}, ["trainer.max_steps is 0"]),
@@ -115,7 +117,7 @@ def backbone(**fields: Any) -> dict[str, Any]:
         ({"trainer": {"devices": 1000}}, ["trainer.devices is 1000: give 1 to 1, or raise data.max_ranks"]),
         ({"trainer": {"devices": 2**62}}, ["trainer.devices is 4611686018427387904"]),
         ({"trainer": {"max_steps": -1}}, ["trainer.max_steps is -1"]),
-        ({"trainer": {"max_steps": 2**62}}, [f"trainer.max_steps is {2**62}: give 0 to"]),
+        ({"trainer": {"max_steps": 2**62}}, [f"trainer.max_steps is {2**62}: give a number from 1 to"]),
         ({"trainer": {"max_time": {}}}, ["trainer.max_time is {}"]),
         ({"trainer": {"max_time": {"hours": -1}}}, ["trainer.max_time is {'hours': -1}: give a time"]),
         ({"trainer": {"max_time": "1h"}}, ["trainer.max_time is '1h': give a time, as DD:HH:MM:SS"]),
@@ -226,6 +228,15 @@ def test_a_recipe_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> Non
         ("trainer.max_step", "--trainer.max_steps"),
         ("model.init_args.initial_w", "'initial_weights'"),
         ("model.init_args.backbone.laye", "'model.init_args.backbone.layers'"),
+        ("optimizer.lr", "--model.init_args.optimizer.learning_rate"),
+        ("trainer.lr", "--model.init_args.optimizer.learning_rate"),
+        ("model.init_args.lr", "model.init_args.optimizer.learning_rate"),
+        ("model.init_args.optimizer.wd", "'model.init_args.optimizer.weight_decay'"),
+        ("model.init_args.backbone.depth", "'model.init_args.backbone.layers'"),
+        ("batch_size", "--data.images.batch_size or --data.videos.batch_size or --data.sequences.batch_size"),
+        ("data.videos.bs", "--data.videos.batch_size"),
+        ("trainer.epochs", "--trainer.max_steps"),  # trainer.max_epochs is refused
+        ("patch_size", "--model.init_args.backbone.patch_size"),  # which sets data.patch_size
     ],
 )
 def test_unknown_and_abbreviated_options_on_the_command_line(
