@@ -22,6 +22,7 @@ from gpdit_lightning.checkpoints.files import last_checkpoint
 from gpdit_lightning.cli import VERBS, main
 from gpdit_lightning.signals import SIGNALS, TERMINATING, SignalListener, Termination, ignore_signals, signals_delayed
 from tests.cli.test_resume import recipe
+from tests.slow_samples import InterruptedStart, SlowSamples, SlowStart
 
 ROOT = Path(__file__).parents[1]
 LINES = "dict.fromkeys(signals.SIGNALS, 'stopped.')"
@@ -34,37 +35,6 @@ def restored_handlers() -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-class SlowSamples(Dataset[int]):
-    """The numbers from 0 to 5, each after 0.2 s."""
-
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, number: int) -> int:
-        time.sleep(0.2)
-        return number
-
-
-class SlowStart(SlowSamples):
-    """Takes a second to arrive in a spawned process, which creates a file when it begins."""
-
-    def __init__(self, started: Path) -> None:
-        self.started = started
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self.started.touch()
-        time.sleep(1)
-
-
-class InterruptedStart(SlowSamples):
-    """Sends SIGINT to the main process while it starts a worker."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        signal.raise_signal(signal.SIGINT)
-        return {}
 
 
 def workers_of(batches: Any) -> list[Any]:

@@ -88,11 +88,21 @@ def test_rollout_equals_reference(model: GPDiT, context_frames: int, cached: boo
 
 
 @pytest.mark.parametrize(
-    ("context_frames", "window", "sinks"), [(0, 2, 0), (0, 1, 2), (1, 2, 1), (6, 1, 0), (6, 1, 2), (6, 3, 2)]
+    ("attention", "context_frames", "window", "sinks"),
+    [
+        ("of2", 0, 2, 0),
+        ("of", 0, 1, 2),
+        ("of2", 1, 2, 1),
+        ("of", 6, 1, 0),
+        ("of2", 6, 1, 2),
+        ("of", 6, 3, 2),
+        pytest.param("of2", 6, 3, 2, marks=pytest.mark.slow),
+        pytest.param("of", 6, 1, 2, marks=pytest.mark.slow),
+    ],
 )
-def test_rolling_window_equals_masked_reference(model: GPDiT, context_frames: int, window: int, sinks: int) -> None:
+def test_rolling_window_equals_masked_reference(attention: str, context_frames: int, window: int, sinks: int) -> None:
     """Includes contexts longer than the window, and rollouts longer than the ring buffer of the cache."""
-    context = random_context(1, context_frames)
+    model, context = toy_model(attention=attention).eval(), random_context(1, context_frames)
     generated = generate(model, context, frames=7, window=window, sinks=sinks)
     assert_near(generated, reference_rollout(model, context, 7, (window, sinks)))
     assert not torch.allclose(generated, generate(model, context, frames=7))
