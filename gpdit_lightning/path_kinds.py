@@ -4,6 +4,7 @@ The kinds are recognized by the names of files, whose content is not read.
 """
 
 import mimetypes
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
@@ -58,7 +59,7 @@ def reason_and_cure(path: Path, wanted: Kind, cure: str) -> str:
         wanted: what the option takes.
         cure: for a path of which nothing better is known.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # unlike `Path.exists`, False for a name that is too long
         return f"since it does not exist: {cure}"
     found = found_at(path)
     inside = _inside(path, wanted) if path.is_dir() and path.name != CHECKPOINTS else []

@@ -25,12 +25,13 @@ from gpdit_lightning.generation.frame_sources import (
     resized,
 )
 from gpdit_lightning.generation.shard_contexts import SHARD_EXTENSION, open_shard, read_sample, sample_number
-from gpdit_lightning.media.finding import medium_of, search_folder, without_repeated
+from gpdit_lightning.media.finding import is_of_other_kind, medium_of, search_folder, without_repeated
 from gpdit_lightning.media.images import read_image
 from gpdit_lightning.media.timing import fps_of_clip, uneven_intervals
 from gpdit_lightning.media.video import natural_sort_key
 from gpdit_lightning.model.layout import NO_CONTEXT
 from gpdit_lightning.names import counted
+from gpdit_lightning.path_kinds import reason_and_cure
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,8 @@ def _readers_of(
         return [partial(read_sample, reader, number, settings, codec) for number in range(len(reader))]
     if path.is_dir():
         return _readers_of_folder(path, settings, codec)
+    if is_of_other_kind(path):
+        raise InputError(f"{path} is no video, {reason_and_cure(path, 'media', 'give a video or an image')}.")
     if medium_of(path) == "image":
         return [partial(_read_still_image, path, settings, codec)]
     return [partial(_read_video, path, settings, codec)]
@@ -131,9 +134,9 @@ def _readers_of_folder(folder: Path, settings: ContextSettings, codec: Codec) ->
     left_out = (of_images if images else of_videos).describe_left_out()
     if not videos and not images:
         reasons = "".join(f"; {sentence}" for sentence in left_out)
-        raise InputError(
-            f"{folder} contains no videos and no images: give another folder, or a shard as PATH.tar{reasons}."
-        )
+        cure = "give another folder, or a shard as PATH.tar"
+        why = f", {reason_and_cure(folder, 'media', cure)}" if is_of_other_kind(folder) else f": {cure}"
+        raise InputError(f"{folder} contains no videos and no images{why}{reasons}.")
     for sentence in (*left_out, *(f"{name} {reason}" for name, reason, _ in repeated)):
         log.info("%s: %s", folder, sentence)
     if images:

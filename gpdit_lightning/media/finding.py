@@ -16,7 +16,7 @@ from gpdit_lightning.files import check_regular, read_lines
 from gpdit_lightning.media.containers import MIME_TYPES, VIDEO_EXTENSIONS, is_video
 from gpdit_lightning.media.images import IMAGE_FORMATS, SEARCHED_EXTENSIONS
 from gpdit_lightning.names import as_text, from_text
-from gpdit_lightning.path_kinds import Kind, found_at, reason_and_cure
+from gpdit_lightning.path_kinds import found_at, reason_and_cure
 from gpdit_lightning.retries import retried, transient_error
 
 Medium = Literal["video", "image"]
@@ -29,7 +29,6 @@ COMPANIONS = {
     *(".safetensors", ".tar", ".zip", ".gz", ".mp3", ".wav", ".m4a", ".flac", ".aac", ".opus"),
 }
 LIST_EXTENSION = ".txt"
-OTHER_KINDS: tuple[Kind, ...] = ("run", "checkpoint", "data", "recipe")
 VANISHED = "was removed while its folder was searched"
 MAX_SHOWN = 5  # unusable files in a message
 
@@ -310,6 +309,14 @@ def _paths_of_line(folder: Path, line: str) -> Iterator[Path]:
                 yield folder / form
 
 
+def is_of_other_kind(path: Path) -> bool:
+    """Return whether an existing path holds what is known not to be videos or images: a run, a model, data, a recipe.
+
+    The folder of a run may contain videos and images too.
+    """
+    return found_at(path).kind in ("run", "checkpoint", "data", "recipe")
+
+
 def find_media(path: Path, medium: Medium) -> Findings:
     """Find the videos, or the images, that a path specifies: a folder, a single file, or a .txt list of files.
 
@@ -320,9 +327,8 @@ def find_media(path: Path, medium: Medium) -> Findings:
         findings = search_folder(path, medium)
         if not findings.files:
             other: Medium = "image" if medium == "video" else "video"
-            reason = f": give it as --{other}s" if findings.has_others(other) else ": give another folder"
-            if found_at(path).kind in OTHER_KINDS:
-                reason = f", {reason_and_cure(path, 'media', 'give another folder')}"
+            cure = f"give it as --{other}s" if findings.has_others(other) else "give another folder"
+            reason = f", {reason_and_cure(path, 'media', cure)}" if is_of_other_kind(path) else f": {cure}"
             left_out = "".join(f"; {sentence}" for sentence in findings.describe_left_out())
             raise InputError(f"{path} has no {medium} files{reason}{left_out}.")
         return findings
@@ -330,7 +336,7 @@ def find_media(path: Path, medium: Medium) -> Findings:
     if not path.exists():
         raise InputError(f"{path} does not exist: {cure}.")
     check_regular(path, cure)
-    if found_at(path).kind in OTHER_KINDS:
+    if is_of_other_kind(path):
         raise InputError(f"{path} is no {medium}, {reason_and_cure(path, 'media', cure)}.")
     found = medium_of(path)
     if found not in (medium, None) and path.suffix.lower() != ".gif":  # which is also an image

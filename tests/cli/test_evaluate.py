@@ -504,7 +504,7 @@ def test_a_folder_with_other_settings_is_refused(
         ("--video_network.sha256=00", "but 00 is expected"),
         ("--guidance_scale=2", "did you mean --guidance"),
         ("--sampler=best", "best"),
-        ("--device=gpu", "the device 'gpu' cannot be used"),
+        ("--device=gpu", "torch has no device 'gpu': give auto, cpu or cuda"),
     ],
 )
 def test_an_error_is_one_sentence_and_nothing_is_written(

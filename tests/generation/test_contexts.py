@@ -388,6 +388,8 @@ def unusable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw(folder / "both", {"a.png": 1})
     write_video(folder / "both" / "b.mp4", gray_steps(2), 24)
     (folder / "empty").mkdir()
+    (folder / "run" / "checkpoints").mkdir(parents=True)
+    (folder / "run" / "config.yaml").touch()
     draw(folder / "few", {f"{number}.png": number for number in range(4)})
     return folder
 
@@ -402,6 +404,12 @@ def unusable(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (f"{'x' * 300}.tar#3", {}, r"x\.tar does not exist"),
         ("text.mp4", {}, r"text\.mp4 is not a readable video"),
         ("text.png", {}, r"text\.png is not a readable image"),
+        (
+            "run",
+            {},
+            "run contains no videos and no images, since it is a run folder: .* [(]--checkpoint takes this one",
+        ),
+        ("run/config.yaml", {}, r"config\.yaml is no video, since it is a recipe: give a video or an image "),
         ("empty", {}, "empty contains no videos and no images"),
         ("both", {}, r"both contains both videos \(b\.mp4\) and images \(a\.png\)"),
         ("short.mp4", {"frames": 9}, r"short\.mp4 has 7 frames at stride 3, but the context needs 9: give a longer "),
