@@ -34,7 +34,7 @@ from gpdit_lightning.workers import worker_error
 
 log = logging.getLogger(__name__)
 
-MAX_CHANGES = 5  # settings in a message
+MAX_CHANGES = 20  # settings in a message
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")  # packages of Lightning
 
 
@@ -173,7 +173,8 @@ def _fit(options: RecipeOptions) -> Trainer:
             files.order_event_files()
         resumed = find_resumed(cli)
         files.step = open_checkpoint(resumed).step if resumed else 0
-        changes = changed_settings(cli) if resumed else []
+        if resumed and trainer.is_global_zero:
+            announce_changes(cli, is_finished=files.step >= trainer.max_steps)
         _train(cli, resumed, files.step)
     if trainer.is_global_zero:
         step, last = trainer.global_step, last_checkpoint(Path(trainer.default_root_dir))
@@ -182,14 +183,6 @@ def _fit(options: RecipeOptions) -> Trainer:
         if step < trainer.max_steps:  # by the time limit, or a callback of the recipe
             outcome = f"stopped at step {step} of {trainer.max_steps}; the same command resumes"
         print(f"{outcome}: {trainer.default_root_dir}/checkpoints/last.ckpt" if last else outcome)
-        if was_finished and changes:
-            more = f" and {len(changes) - MAX_CHANGES} more" if len(changes) > MAX_CHANGES else ""
-            log.warning(
-                "warning: changed settings have no effect, since no step is left (%s%s): "
-                "raise trainer.max_steps to train on with them, or give another --run_dir",
-                "; ".join(changes[:MAX_CHANGES]),
-                more,
-            )
         write_classification(trainer, last)
     return trainer
 
@@ -211,22 +204,32 @@ def _train(cli: RecipeCLI, resumed: Path | None, step: int) -> None:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
 
 
-def changed_settings(cli: RecipeCLI) -> list[str]:
-    """Return the settings of a recipe that differ from those in the run folder, such as "data.seed is 1 (it was 0)".
+def announce_changes(cli: RecipeCLI, is_finished: bool) -> None:
+    """Log the settings of a resumed run that differ from those in its folder, such as "data.seed is 1 (it was 0)".
 
-    A setting that either of them lacks, as those of other versions or classes, is left out.
+    A setting that only one of them has, as those of other versions or classes, is left out.
     """
     run_dir = Path(cli.trainer.default_root_dir)
     try:
         before = read_yaml(run_dir / RECIPE)
     except InputError:  # the run folder is a copy without it, or it was edited
-        return []
-    absent = object()
-    return [
+        return
+    absent, left_out = object(), ("run_dir", "runs")  # the same folder may have other names
+    changes = [
         f"{name} is {shown(now)} (it was {shown(then)})"
         for name, now, then in differences(load_yaml(cli.recipe_text()), before, absent=absent)
-        if absent not in (now, then) and name not in ("run_dir", "runs")  # the same folder may have other names
+        if absent not in (now, then) and name not in left_out
     ]
+    if len(changes) > MAX_CHANGES:
+        changes[MAX_CHANGES:] = [f"and {len(changes) - MAX_CHANGES} more"]
+    if changes and is_finished:
+        log.warning(
+            "warning: changed settings have no effect, since no step is left (%s): "
+            "raise trainer.max_steps to train on with them, or give another --run_dir",
+            "; ".join(changes),
+        )
+    elif changes:
+        log.info("the run goes on with changed settings: %s", "; ".join(changes))
 
 
 def validate(options: RecipeOptions) -> Trainer:

@@ -309,8 +309,7 @@ class GPDiTStage(LightningModule):
         scheduler: Any = self.lr_schedulers()
         if sharded_strategy_of(self) is None:
             check_state(optimizer)
-        for change in apply_config(self.optimizer_config, optimizer, scheduler):
-            log.info("%s", change)
+        apply_config(self.optimizer_config, optimizer, scheduler)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record the stage, the architecture, the noise schedule and the origin of the weights."""

@@ -217,34 +217,24 @@ def check_state(optimizer: Optimizer) -> None:
                     )
 
 
-def apply_config(config: OptimizerConfig, optimizer: Optimizer, scheduler: LambdaLR) -> list[str]:
+def apply_config(config: OptimizerConfig, optimizer: Optimizer, scheduler: LambdaLR) -> None:
     """Replace the restored settings of an optimizer by those of a recipe.
 
     The learning rate is computed again; it is bit-equal if the recipe did not change.
-
-    Returns:
-        a sentence for each setting that changed.
     """
     settings = {
         "initial_lr": config.learning_rate,
         "betas": tuple(config.betas),
         "eps": config.eps,
         "weight_decay": config.weight_decay,
+        "momentum": config.betas[0],
     }
-    changed = []
-    for name, value in settings.items():
-        before = optimizer.param_groups[0][name]
-        if (tuple(before) if name == "betas" else before) != value:
-            label = "learning_rate" if name == "initial_lr" else name
-            changed.append(f"optimizer.{label} is {value} from now on; it was {before}")
-    settings["momentum"] = config.betas[0]
     factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
     for group in optimizer.param_groups:
         group |= {name: value for name, value in settings.items() if name in group}
         rates = config.rates_of(group.get("layers_above", 0), group.get("vectors", False))
         group |= rates | {"initial_lr": rates["lr"], "lr": rates["lr"] * factor}
     scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-    return changed
 
 
 def build_optimizer(

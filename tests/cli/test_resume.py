@@ -305,6 +305,7 @@ def test_a_resumed_run_uses_the_optimizer_settings_of_the_recipe(
     """Not those of the checkpoint."""
     run_dir = tmp_path / "run"
     make_interrupted_run(run_dir, uninterrupted, 4)
+    shutil.copy(uninterrupted / "config.yaml", run_dir)
     settings = recipe(tiny_shards, run_dir)
     optimizer = {"learning_rate": 1e-5, "decay": "constant", "weight_decay": 0.1, "betas": [0.8, 0.9]}
     settings["model"]["init_args"]["optimizer"] = optimizer
@@ -313,7 +314,10 @@ def test_a_resumed_run_uses_the_optimizer_settings_of_the_recipe(
     group = read_checkpoint(run_dir)["optimizer_states"][0]["param_groups"][0]
     assert (group["lr"], group["weight_decay"], tuple(group["betas"])) == (1e-5, 0.1, (0.8, 0.9))
     assert after_step(logged_scalars(run_dir)["train/lr"], 4) == pytest.approx({5: 1e-5, 6: 1e-5})
-    assert "optimizer.learning_rate is 1e-05 from now on; it was 0.003" in messages.text
+    (line,) = [message for message in messages.messages if "changed settings" in message]
+    changes = line.removeprefix("the run goes on with changed settings: ").split("; ")
+    assert "model.init_args.optimizer.learning_rate is 1e-05 (it was 0.003)" in changes
+    assert "model.init_args.optimizer.decay is 'constant' (it was 'cosine')" in changes
 
 
 def test_another_noise_schedule_is_refused(
