@@ -243,7 +243,7 @@ def other_codec(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         ("--context_frames=33", ["1.mp4 has 20 frames", "needs 33"]),
         ("--context_frames=4", ["--context_frames is 4", "give 1 or 5"]),
         ("--context nowhere.mp4", ["nowhere.mp4 does not exist"]),
-        ("--context latents/manifest.json", ["manifest.json is not a readable video"]),
+        ("--context latents/manifest.json", ["manifest.json is no video, since it is the manifest of prepared data"]),
         ("--checkpoint nowhere", ["no checkpoint at nowhere"]),
         ("--start=99", ["99 is after the end"]),
         ("--stride=1000000", ["--stride is 1000000, so that images would have", "per second: give another --stride"]),
