@@ -247,7 +247,7 @@ VIDEO, IMAGE = "scores.video_network: the video network", "scores.image_network:
     [
         ({"video_network": NetworkOptions(path="gone.pt")}, f"{VIDEO} gone.pt is not a file"),
         ({"image_network": NetworkOptions(path=__file__)}, f"{IMAGE} .* is not a TorchScript"),
-        ({"video_network": NetworkOptions(sha256="0")}, f"{VIDEO} has no path: give"),
+        ({"video_network": NetworkOptions(sha256="0")}, f"{VIDEO} has a sha256 but no path: give"),
         ({"video_network": NetworkOptions(kind=f"{__name__}.Long")}, "the clips of data.videos have 13 pixel frames"),
         ({"image_network": NetworkOptions(kind=f"{__name__}.Failing")}, "scores: the image network '.*Failing' failed"),
     ],
