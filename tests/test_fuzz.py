@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fuzz.__main__ import case_numbers, main, table
-from benchmarks.fuzz.cases import OUTCOMES, RandomCase, field_cases, kind_of, replace_hashes, run_cases
+from benchmarks.fuzz.cases import RandomCase, field_cases, kind_of, replace_hashes
 from benchmarks.fuzz.corpus import make_corpus
+from benchmarks.fuzz.outcomes import OUTCOMES, run_cases
 from benchmarks.fuzz.processes import Limits
 from benchmarks.fuzz.targets import KINDS, Target, uses_marked_frames
 from gpdit_lightning.files import sha256_of

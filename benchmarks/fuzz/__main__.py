@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.fuzz.cases import FAILURES, OUTCOMES, Case, CaseReport, RandomCase, field_cases, kind_of, run_cases
+from benchmarks.fuzz.cases import Case, RandomCase, field_cases, kind_of
 from benchmarks.fuzz.corpus import make_corpus
+from benchmarks.fuzz.outcomes import FAILURES, OUTCOMES, CaseReport, run_cases
 from benchmarks.fuzz.processes import Limits
 from benchmarks.fuzz.targets import KINDS
 from gpdit_lightning.devices import available_cores

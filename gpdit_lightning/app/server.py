@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 PAGE_FILES = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
+    **{f"/{name}": (name, "text/javascript") for name in ("page.js", "player.js", "elements.js")},
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 HEADERS = {

@@ -98,7 +98,7 @@ def is_sentence(text: str) -> bool:
 
 
 def test_the_page_needs_nothing_from_elsewhere(client: Client) -> None:
-    for path in ("/", "/page.css", "/page.js", "/icon.svg"):
+    for path in server.PAGE_FILES:
         status, content = client.request("GET", path)
         assert status == 200
         addresses = re.findall(r"\w+://[\w.]+|//[\w-]+\.\w+", content.decode())
