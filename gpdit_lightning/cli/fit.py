@@ -35,6 +35,7 @@ from gpdit_lightning.workers import worker_error
 log = logging.getLogger(__name__)
 
 MAX_CHANGES = 20  # settings in a message
+OF_INITIAL_WEIGHTS = ("seed_everything", "model.init_args.initial_weights")  # have no effect after a checkpoint
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")  # packages of Lightning
 
 
@@ -215,21 +216,25 @@ def announce_changes(cli: RecipeCLI, is_finished: bool) -> None:
     except InputError:  # the run folder is a copy without it, or it was edited
         return
     absent, left_out = object(), ("run_dir", "runs")  # the same folder may have other names
-    changes = [
-        f"{name} is {shown(now)} (it was {shown(then)})"
+    changes = {
+        name: f"{name} is {shown(now)} (it was {shown(then)})"
         for name, now, then in differences(load_yaml(cli.recipe_text()), before, absent=absent)
         if absent not in (now, then) and name not in left_out
-    ]
-    if len(changes) > MAX_CHANGES:
-        changes[MAX_CHANGES:] = [f"and {len(changes) - MAX_CHANGES} more"]
-    if changes and is_finished:
+    }
+    unused = [changes.pop(name) for name in OF_INITIAL_WEIGHTS if name in changes]
+    if unused:
+        log.info("the weights are those of the checkpoint, so that these have no effect: %s", "; ".join(unused))
+    texts = list(changes.values())
+    if len(texts) > MAX_CHANGES:
+        texts[MAX_CHANGES:] = [f"and {len(texts) - MAX_CHANGES} more"]
+    if texts and is_finished:
         log.warning(
             "warning: changed settings have no effect, since no step is left (%s): "
             "raise trainer.max_steps to train on with them, or give another --run_dir",
-            "; ".join(changes),
+            "; ".join(texts),
         )
-    elif changes:
-        log.info("the run goes on with changed settings: %s", "; ".join(changes))
+    elif texts:
+        log.info("the run resumes with changed settings: %s", "; ".join(texts))
 
 
 def validate(options: RecipeOptions) -> Trainer:

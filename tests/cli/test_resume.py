@@ -207,6 +207,13 @@ def test_changed_settings_of_a_finished_run_are_said_to_have_no_effect(
     settings = recipe(tiny_shards, uninterrupted)
     assert fit(tmp_path / "recipe.yaml", settings) == 0
     assert "no effect" not in messages.text
+    initial_weights = f"--model.init_args.initial_weights={tmp_path}"
+    assert fit(tmp_path / "recipe.yaml", settings, "--seed_everything=3", initial_weights) == 0
+    assert (
+        "the weights are those of the checkpoint, so that these have no effect: seed_everything is 3 (it was 0); "
+        f"model.init_args.initial_weights is '{tmp_path}' (it was None)"
+    ) in messages.messages
+    assert "changed settings" not in messages.text
     assert fit(tmp_path / "recipe.yaml", settings, "--model.init_args.optimizer.learning_rate=1e-5") == 0
     assert (
         "warning: changed settings have no effect, since no step is left "
@@ -315,7 +322,7 @@ def test_a_resumed_run_uses_the_optimizer_settings_of_the_recipe(
     assert (group["lr"], group["weight_decay"], tuple(group["betas"])) == (1e-5, 0.1, (0.8, 0.9))
     assert after_step(logged_scalars(run_dir)["train/lr"], 4) == pytest.approx({5: 1e-5, 6: 1e-5})
     (line,) = [message for message in messages.messages if "changed settings" in message]
-    changes = line.removeprefix("the run goes on with changed settings: ").split("; ")
+    changes = line.removeprefix("the run resumes with changed settings: ").split("; ")
     assert "model.init_args.optimizer.learning_rate is 1e-05 (it was 0.003)" in changes
     assert "model.init_args.optimizer.decay is 'constant' (it was 'cosine')" in changes
 
