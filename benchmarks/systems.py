@@ -6,8 +6,8 @@ values are comparable for equal targets and frames only, PSNR and SSIM (and FVD,
 of training and sampling. The error ratio of a generated frame is its mean squared error relative to that of the last
 context frame, over all videos. One figure shows it by frame, another the continuations of two videos.
 
-The results of complete runs are kept in --out: the same command goes on with the systems and seeds that are missing. A
-run that was interrupted begins again. At another size, give recipes that override those of the systems: --config
+The results of complete runs are kept in --out: the same command continues with the systems and seeds that are missing.
+A run that was interrupted begins again. At another size, give recipes that override those of the systems: --config
 recipes/size/b.yaml.
 """
 

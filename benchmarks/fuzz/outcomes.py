@@ -50,7 +50,7 @@ class CaseReport:
         return content if self.outcome in FAILURES else {k: v for k, v in content.items() if k != "output"}
 
 
-def judge(case: Case, ended: Ended, intact: Ended) -> CaseReport:
+def compare(case: Case, ended: Ended, intact: Ended) -> CaseReport:
     """Compare how a command ended on damaged files with how it ended on undamaged ones."""
     outcome, reason = _outcome(case, ended, intact)
     return CaseReport(
@@ -149,4 +149,4 @@ def run_cases(
         intact[tuple(ended.key[0].arguments)] = ended
     for ended in run_jobs((case.job(is_damaged=True) for case in cases), folder, limits, processes):
         case = ended.key[0]
-        yield judge(case, ended, intact[tuple(case.arguments)])
+        yield compare(case, ended, intact[tuple(case.arguments)])
