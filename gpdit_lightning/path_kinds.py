@@ -3,7 +3,6 @@
 The kinds are recognized by the names of files, whose content is not read.
 """
 
-import mimetypes
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,22 +11,36 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 Kind = Literal["run", "checkpoint", "data", "recipe", "media"]
+Medium = Literal["video", "image"]
 
 CHECKPOINTS, TRAINING = "checkpoints", "training.ckpt"  # the folder in a run folder, a file of a checkpoint
 RECIPE = "config.yaml"  # of a run folder
 MANIFEST = "manifest.json"  # of prepared data
 EXPORTED_CONFIG, EXPORTED_WEIGHTS = "config.json", "model.safetensors"
+# Extensions in common use of the formats that FFmpeg reads, without those of sound, subtitles and still images.
+VIDEO_EXTENSIONS = (
+    *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".gif"),
+    *(".3g2", ".3gp", ".amv", ".apng", ".asf", ".av1", ".dav", ".dif", ".divx", ".dv", ".f4v", ".flc", ".fli", ".gxf"),
+    *(".264", ".265", ".266", ".h261", ".h263", ".h264", ".h265", ".hevc", ".ismv", ".ivf", ".jpgv", ".m1v", ".m2p"),
+    *(".m2t", ".m2ts", ".m2v", ".mj2", ".mjpeg", ".mjpg", ".mk3d", ".mod", ".movie", ".mp4v", ".mpe", ".mpv", ".mts"),
+    *(".mxf", ".nsv", ".nut", ".obu", ".ogm", ".ogv", ".ogx", ".qt", ".rm", ".rmvb", ".roq", ".swf", ".tod", ".tp"),
+    *(".trp", ".vc1", ".vob", ".vro", ".vvc", ".wm", ".wtv", ".xvid", ".y4m"),
+)
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff")
+# Also those of common images that Pillow cannot read: a search finds them, so that each is reported.
+SEARCHED_EXTENSIONS = (*IMAGE_EXTENSIONS, ".heic", ".heif", ".hif", ".jxl")
+EXTENSIONS: dict[Medium, tuple[str, ...]] = {"video": VIDEO_EXTENSIONS, "image": SEARCHED_EXTENSIONS}
 
 TAKEN_BY: dict[Kind, str] = {
-    "run": "--checkpoint",
-    "checkpoint": "--checkpoint",
-    "data": "--data_dir",
-    "recipe": "--config",
+    "run": "`sample --checkpoint`",
+    "checkpoint": "`sample --checkpoint`",
+    "data": "`fit --data_dir`",
+    "recipe": "`fit --config`",
     "media": "`prepare`",
 }
+NOUNS: dict[Medium, str] = {"video": "a video", "image": "an image"}
 SEARCHED = 1000  # entries of a folder
 NUM_PARENTS = 3
-MIME_TYPES = mimetypes.MimeTypes()  # the same on every machine
 
 
 class Found(NamedTuple):
@@ -41,7 +54,7 @@ class Found(NamedTuple):
 
     kind: Kind | None
     noun: str
-    medium: Literal["video", "image"] | None = None
+    medium: Medium | None = None
 
 
 def found_at(path: Path) -> Found:
@@ -65,9 +78,11 @@ def reason_and_cure(path: Path, wanted: Kind, cure: str) -> str:
     inside = _inside(path, wanted) if path.is_dir() and path.name != CHECKPOINTS else []
     if inside:
         reason = "since it is a folder of such folders" if wanted != "recipe" else f"since it is {found.noun}"
+        if len(inside) == 1:
+            return f"{reason}: give {inside[0]}"
         if wanted == "data":
-            return f"{reason}: give --data_dir {' '.join(map(str, inside))}"
-        return f"{reason}: give {f'one of the {len(inside)} in it, such as ' if len(inside) > 1 else ''}{inside[0]}"
+            return f"{reason}: give some of those in it: {' '.join(map(str, inside))}"
+        return f"{reason}: give one of the {len(inside)} in it, such as {inside[0]}"
     reason = f"since it is {found.noun}"
     if found.kind != "media" and (near := _above(path, wanted)):
         return f"{reason}: give {near}"
@@ -107,10 +122,8 @@ def _found_in_file(path: Path) -> Found:
         return Found("checkpoint", "a file of a checkpoint")
     if path.name in (EXPORTED_CONFIG, EXPORTED_WEIGHTS) and (folder / EXPORTED_WEIGHTS).is_file():
         return Found("checkpoint", "a file of an exported model")
-    mime = (MIME_TYPES.guess_type(path.name)[0] or "").partition("/")[0]
-    if mime == "video" or suffix == ".gif":
-        return Found("media", "a video", "video")
-    return Found("media", "an image", "image") if mime == "image" else Found(None, "a file")
+    medium = next((medium for medium, extensions in EXTENSIONS.items() if suffix in extensions), None)
+    return Found("media", NOUNS[medium], medium) if medium else Found(None, "a file")
 
 
 def _entries(folder: Path) -> Iterator[Path]:

@@ -11,7 +11,15 @@ FILES = (
     *("runs/config.yaml", "runs/a/config.yaml", "runs/a/checkpoints/step-1.ckpt/training.ckpt"),
     *("runs/a/checkpoints/step-1.ckpt/ema.safetensors", "runs/b/checkpoints/x", "runs/sample.mp4"),
     *("latents/one/manifest.json", "latents/one/train.tar", "latents/two/manifest.json"),
-    *("exported/config.json", "exported/model.safetensors", "videos/1.mp4", "images/1.png", "list.txt"),
+    *(
+        "exported/config.json",
+        "exported/model.safetensors",
+        "videos/1.mp4",
+        "images/1.png",
+        "list.txt",
+        "a.mkv",
+        "b.webp",
+    ),
 )
 
 
@@ -35,14 +43,16 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("runs/a/config.yaml", "checkpoint", "a recipe: give runs/a"),
         ("runs/a/checkpoints/step-1.ckpt/ema.safetensors", "checkpoint", "a file of a checkpoint: give runs/a/checkp"),
         ("exported/model.safetensors", "checkpoint", "a file of an exported model: give exported"),
-        ("exported", "run", "an exported model: CURE (--checkpoint takes this one)"),
-        ("latents/one", "checkpoint", "a folder of prepared data: CURE (--data_dir takes this one)"),
-        ("latents/one/train.tar", "checkpoint", "a shard of prepared data: CURE (--data_dir takes this one)"),
-        ("runs/config.yaml", "checkpoint", "a recipe: CURE (--config takes this one)"),
+        ("exported", "run", "an exported model: CURE (`sample --checkpoint` takes this one)"),
+        ("latents/one", "checkpoint", "a folder of prepared data: CURE (`fit --data_dir` takes this one)"),
+        ("latents/one/train.tar", "checkpoint", "a shard of prepared data: CURE (`fit --data_dir` takes this one)"),
+        ("runs/config.yaml", "checkpoint", "a recipe: CURE (`fit --config` takes this one)"),
         ("videos/1.mp4", "checkpoint", "a video: CURE (`prepare` takes this one)"),
         ("list.txt", "checkpoint", "a file: CURE"),
-        ("runs/a", "data", "a run folder: CURE (--checkpoint takes this one)"),
-        ("latents", "data", "a folder of such folders: give --data_dir latents/one latents/two"),
+        ("a.mkv", "data", "a video: prepare it first, with `python -m gpdit_lightning prepare --videos a.mkv "),
+        ("b.webp", "data", "an image: prepare it first, with `python -m gpdit_lightning prepare --images b.webp "),
+        ("runs/a", "data", "a run folder: CURE (`sample --checkpoint` takes this one)"),
+        ("latents", "data", "a folder of such folders: give some of those in it: latents/one latents/two"),
         ("latents/one/train.tar", "data", "a shard of prepared data: give latents/one"),
         (
             "videos/1.mp4",
@@ -53,7 +63,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("empty", "data", "an empty folder: CURE"),
         ("runs/a", "recipe", "a run folder: give runs/a/config.yaml"),
         ("runs/a/checkpoints/step-1.ckpt", "recipe", "a checkpoint: give runs/a/config.yaml"),
-        ("latents/one", "media", "a folder of prepared data: CURE (--data_dir takes this one)"),
+        ("latents/one", "media", "a folder of prepared data: CURE (`fit --data_dir` takes this one)"),
     ],
 )
 def test_a_path_of_another_kind_is_named_with_what_takes_it(path: str, wanted: Kind, expected: str) -> None:
@@ -69,7 +79,7 @@ def test_a_path_of_another_kind_is_named_with_what_takes_it(path: str, wanted: K
         ),
         (
             "inspect latents",
-            "there are no data at latents, since it is a folder of such folders: give --data_dir latents/",
+            "there are no data at latents, since it is a folder of such folders: give some of those in it: latents/one",
         ),
         (
             "inspect exported/config.json",
@@ -88,6 +98,7 @@ def test_a_path_of_another_kind_is_named_with_what_takes_it(path: str, wanted: K
             "prepare --codec pca --out o --videos images/1.png",
             "1.png is an image, but videos are needed: give it as --im",
         ),
+        ("prepare --codec pca --out o --images a.mkv", "a.mkv is a video, but images are needed: give it as --videos"),
         ("prepare --codec pca --out o --images latents/one/train.tar", "is no image, since it is a shard of prepared"),
         (
             "prepare --codec pca --out o --videos latents/one",

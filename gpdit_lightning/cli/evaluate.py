@@ -40,9 +40,9 @@ from gpdit_lightning.evaluation.scores import make_report
 from gpdit_lightning.evaluation.videos import Selection, find_videos, select_videos
 from gpdit_lightning.files import check_writable
 from gpdit_lightning.generation.pipeline import load_pipeline
-from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.evaluate import EvaluateOptions
+from gpdit_lightning.path_kinds import Medium
 from gpdit_lightning.preparation.annotations import Annotations, read_annotations
 from gpdit_lightning.progress import progress_bar
 

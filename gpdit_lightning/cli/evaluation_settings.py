@@ -19,9 +19,9 @@ from gpdit_lightning.generation.pipeline import GPDiTPipeline
 from gpdit_lightning.generation.plans import block_window
 from gpdit_lightning.generation.settings import check_context_frames, layout_of, trained_size, warn_of_short_context
 from gpdit_lightning.generation.video import num_latent_frames
-from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.evaluate import EvaluateOptions
+from gpdit_lightning.path_kinds import Medium
 from gpdit_lightning.preparation.annotations import Annotations
 
 log = logging.getLogger(__name__)

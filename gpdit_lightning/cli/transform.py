@@ -22,10 +22,11 @@ from gpdit_lightning.generation.pipeline import load_pipeline
 from gpdit_lightning.generation.settings import batches_by_shape, trained_sizes
 from gpdit_lightning.media.finding import FoundFile
 from gpdit_lightning.media.image_tasks import EXISTING_PAIRS, ImageTask, make_pair
-from gpdit_lightning.media.images import IMAGE_EXTENSIONS, Size, closest_size, resize_and_crop, write_sheet
+from gpdit_lightning.media.images import Size, closest_size, resize_and_crop, write_sheet
 from gpdit_lightning.media.video import natural_sort_key
 from gpdit_lightning.names import MAX_NAME_BYTES, as_text, counted
 from gpdit_lightning.options.transform import TransformOptions
+from gpdit_lightning.path_kinds import IMAGE_EXTENSIONS
 from gpdit_lightning.preparation.few_shot import find_task
 from gpdit_lightning.preparation.pairs import (
     find_pair_folders,

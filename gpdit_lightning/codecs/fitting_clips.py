@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpdit_lightning.media.finding import FoundFile, Medium, find_media, without_repeated
+from gpdit_lightning.media.finding import FoundFile, find_media, without_repeated
 from gpdit_lightning.media.images import read_image
 from gpdit_lightning.media.video import iterate_frames
+from gpdit_lightning.path_kinds import Medium
 
 log = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from gpdit_lightning.evaluation.networks import ImageNetwork, VideoNetwork
 from gpdit_lightning.evaluation.self_checks import BLUR_LEVELS, NOISE_LEVELS, add_noise, gaussian_blur
 from gpdit_lightning.evaluation.videos import Selection, read_clip
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
-from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.media.images import Size, adm_resize_and_crop, read_image, resize_and_crop
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.options.prepare import ImageScaling
+from gpdit_lightning.path_kinds import Medium
 
 log = logging.getLogger(__name__)
 

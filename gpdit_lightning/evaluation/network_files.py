@@ -22,7 +22,7 @@ from torch import nn
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import open_regular
 from gpdit_lightning.hashes import remembered_sha256
-from gpdit_lightning.media.finding import Medium
+from gpdit_lightning.path_kinds import Medium
 from gpdit_lightning.retries import transient_error
 
 I3D_URL = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1"

@@ -5,7 +5,7 @@ GPDiT continues videos. ACDiT generates images and videos of classes from noise 
 
 from typing import NamedTuple
 
-from gpdit_lightning.media.finding import Medium
+from gpdit_lightning.path_kinds import Medium
 
 
 class PaperTable(NamedTuple):

@@ -14,8 +14,8 @@ from gpdit_lightning.evaluation.json_records import load_record, record_from_jso
 from gpdit_lightning.evaluation.metrics import mean_and_deviation
 from gpdit_lightning.evaluation.network_files import NetworkRecord
 from gpdit_lightning.evaluation.self_checks import SelfChecks
-from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.media.images import Size
+from gpdit_lightning.path_kinds import Medium
 
 REMEDY = "give the results.json of an evaluation by this version"
 

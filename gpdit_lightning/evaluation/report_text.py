@@ -15,8 +15,8 @@ from gpdit_lightning.evaluation.report import Protocol, Report, Score
 from gpdit_lightning.evaluation.self_checks import SelfChecks
 from gpdit_lightning.evaluation.videos import stride_text
 from gpdit_lightning.files import atomic_write
-from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.names import SCORE_NAMES, printable
+from gpdit_lightning.path_kinds import Medium
 
 RESULTS, TABLES = "results.json", "results.md"
 # The FID of the self-checks is computed over all generated frames; the FID score is a mean over their positions.

@@ -30,8 +30,8 @@ from gpdit_lightning.evaluation.scores import (
     half_of_ground_truth,
     run_self_checks,
 )
-from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.names import SCORE_NAMES, counted
+from gpdit_lightning.path_kinds import Medium
 from gpdit_lightning.progress import progress_bar
 
 HALVES = "half of the truth"  # name in JSON of one half of the real data against the other

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError, TransientError
-from gpdit_lightning.media.finding import MAX_SHOWN, FoundFile, Medium, find_media, without_repeated
+from gpdit_lightning.media.finding import MAX_SHOWN, FoundFile, find_media, without_repeated
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.media.video import count_frames, iterate_frames, natural_sort_key, video_info
 from gpdit_lightning.names import counted
+from gpdit_lightning.path_kinds import Medium
 from gpdit_lightning.progress import progress_bar
 
 MAX_COUNT, MIN_COUNT = 10_000, 2  # videos of an evaluation by default (GPDiT, section 5.1), and the fewest

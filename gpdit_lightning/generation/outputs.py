@@ -18,15 +18,14 @@ from gpdit_lightning.generation.plans import Clip
 from gpdit_lightning.media.images import (
     CONTEXT_COLOUR,
     GENERATED_COLOUR,
-    IMAGE_EXTENSIONS,
     strip_frame_numbers,
     with_border,
     write_animation,
     write_strip,
 )
-from gpdit_lightning.media.video import VIDEO_EXTENSIONS
 from gpdit_lightning.media.video_writer import VideoWriter
 from gpdit_lightning.options.sample import VideoFormat
+from gpdit_lightning.path_kinds import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
 FORMATS: tuple[VideoFormat, ...] = get_args(VideoFormat)
 

@@ -14,11 +14,11 @@ from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.devices import has_bf16
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.video import num_latent_frames
-from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.media.images import Size, closest_size, parse_size, read_image
 from gpdit_lightning.media.video import video_info
 from gpdit_lightning.model.layout import NO_CONTEXT, BlockLayout
 from gpdit_lightning.options.shared import Precision
+from gpdit_lightning.path_kinds import Medium
 
 AUTOCAST_DTYPES = {"32": None, "bf16": torch.bfloat16}
 

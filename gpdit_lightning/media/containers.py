@@ -16,20 +16,11 @@ from av.stream import Disposition
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import check_regular
 from gpdit_lightning.media.image_headers import check_png_texts
-from gpdit_lightning.media.images import SEARCHED_EXTENSIONS
 from gpdit_lightning.media.mp4_headers import check_mp4_header
+from gpdit_lightning.path_kinds import SEARCHED_EXTENSIONS, VIDEO_EXTENSIONS
 from gpdit_lightning.retries import transient_error
 from gpdit_lightning.specs import MAX_FRAME_PIXELS
 
-# Extensions in common use of the formats that FFmpeg reads, without those of sound, subtitles and still images.
-VIDEO_EXTENSIONS = (
-    *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".gif"),
-    *(".3g2", ".3gp", ".amv", ".apng", ".asf", ".av1", ".dav", ".dif", ".divx", ".dv", ".f4v", ".flc", ".fli", ".gxf"),
-    *(".264", ".265", ".266", ".h261", ".h263", ".h264", ".h265", ".hevc", ".ismv", ".ivf", ".jpgv", ".m1v", ".m2p"),
-    *(".m2t", ".m2ts", ".m2v", ".mj2", ".mjpeg", ".mjpg", ".mk3d", ".mod", ".movie", ".mp4v", ".mpe", ".mpv", ".mts"),
-    *(".mxf", ".nsv", ".nut", ".obu", ".ogm", ".ogv", ".ogx", ".qt", ".rm", ".rmvb", ".roq", ".swf", ".tod", ".tp"),
-    *(".trp", ".vc1", ".vob", ".vro", ".vvc", ".wm", ".wtv", ".xvid", ".y4m"),
-)
 MIME_TYPES = mimetypes.MimeTypes()  # the same on every machine, unlike those of `mimetypes.guess_type`
 # FFmpeg would show these files as images of text.
 TEXT_FORMATS = ("tty", "bin", "xbin", "adf", "idf")

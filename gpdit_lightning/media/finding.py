@@ -7,21 +7,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import check_regular, read_lines
-from gpdit_lightning.media.containers import MIME_TYPES, VIDEO_EXTENSIONS, is_video
-from gpdit_lightning.media.images import IMAGE_FORMATS, SEARCHED_EXTENSIONS
+from gpdit_lightning.media.containers import MIME_TYPES, is_video
+from gpdit_lightning.media.images import IMAGE_FORMATS
 from gpdit_lightning.names import as_text, from_text
-from gpdit_lightning.path_kinds import found_at, reason_and_cure
+from gpdit_lightning.path_kinds import EXTENSIONS, NOUNS, Medium, found_at, reason_and_cure
 from gpdit_lightning.retries import retried, transient_error
 
-Medium = Literal["video", "image"]
-
-EXTENSIONS: dict[Medium, tuple[str, ...]] = {"video": VIDEO_EXTENSIONS, "image": SEARCHED_EXTENSIONS}
 # Extensions of files that often accompany videos and images. These files are counted, but not opened.
 COMPANIONS = {
     *(".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf", ".log", ".nfo"),
@@ -314,7 +311,7 @@ def is_of_other_kind(path: Path) -> bool:
 
     The folder of a run may contain videos and images too.
     """
-    return found_at(path).kind in ("run", "checkpoint", "data", "recipe")
+    return found_at(path).kind not in ("media", None)
 
 
 def find_media(path: Path, medium: Medium) -> Findings:
@@ -339,8 +336,8 @@ def find_media(path: Path, medium: Medium) -> Findings:
     if is_of_other_kind(path):
         raise InputError(f"{path} is no {medium}, {reason_and_cure(path, 'media', cure)}.")
     found = medium_of(path)
-    if found not in (medium, None) and path.suffix.lower() != ".gif":  # which is also an image
-        raise InputError(f"{path} is {found_at(path).noun}, but {medium}s are needed: give it as --{found}s.")
+    if found and found != medium and path.suffix.lower() != ".gif":  # which is also an image
+        raise InputError(f"{path} is {NOUNS[found]}, but {medium}s are needed: give it as --{found}s.")
     if path.suffix.lower() == LIST_EXTENSION:
         return Findings(read_file_list(path))
     return Findings([FoundFile(path, as_text(path.name))])

@@ -20,11 +20,8 @@ from gpdit_lightning.names import number_in, printable
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.specs import MAX_FRAME_PIXELS
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 # The formats that are read, whatever the file's extension. Pillow reads more, but runs Ghostscript for EPS files.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
-# Also those of common images that Pillow cannot read: a search finds them, so that each is reported.
-SEARCHED_EXTENSIONS = (*IMAGE_EXTENSIONS, ".heic", ".heif", ".hif", ".jxl")
 
 # Border colours of context frames and of generated frames.
 CONTEXT_COLOUR, GENERATED_COLOUR = "silver", "orange"

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.containers import VIDEO_EXTENSIONS, VideoStream, is_video, open_video
+from gpdit_lightning.media.containers import VideoStream, is_video, open_video
 from gpdit_lightning.media.decoding import DamagedVideoError, decoded_frames
 from gpdit_lightning.media.deinterlacing import deinterlaced
 from gpdit_lightning.media.display import Display, square_width
 from gpdit_lightning.media.finding import search_folder
-from gpdit_lightning.media.images import IMAGE_EXTENSIONS, Size, read_image, resize_and_crop
+from gpdit_lightning.media.images import Size, read_image, resize_and_crop
 from gpdit_lightning.media.timing import frame_rate, resampled
+from gpdit_lightning.path_kinds import IMAGE_EXTENSIONS
 from gpdit_lightning.retries import retried, retried_iterator
 
 __all__ = [
-    "VIDEO_EXTENSIONS",
     "DamagedVideoError",
     "VideoFrame",
     "VideoInfo",

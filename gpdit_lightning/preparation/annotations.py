@@ -15,9 +15,8 @@ from typing import Any, NamedTuple, get_args
 from gpdit_lightning.data.shard_entry import Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import read_lines
-from gpdit_lightning.media.images import SEARCHED_EXTENSIONS
-from gpdit_lightning.media.video import VIDEO_EXTENSIONS
 from gpdit_lightning.names import MAX_DIGITS
+from gpdit_lightning.path_kinds import SEARCHED_EXTENSIONS, VIDEO_EXTENSIONS
 from gpdit_lightning.preparation.imagenet import (
     VALIDATION,
     ImageNetLists,

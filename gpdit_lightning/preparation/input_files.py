@@ -11,9 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 from gpdit_lightning.data.shard_entry import Kind, Split
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.finding import FoundFile, LeftOut, Medium, find_media, identity_of, is_link
+from gpdit_lightning.media.finding import FoundFile, LeftOut, find_media, identity_of, is_link
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.prepare import PrepareOptions
+from gpdit_lightning.path_kinds import Medium
 from gpdit_lightning.preparation.annotations import Annotation, Annotations, read_annotations
 from gpdit_lightning.preparation.tars import find_tars, inner_tars
 

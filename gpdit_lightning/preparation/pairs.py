@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.finding import FoundFile, search_folder
-from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image
+from gpdit_lightning.media.images import read_image
+from gpdit_lightning.path_kinds import IMAGE_EXTENSIONS
 from gpdit_lightning.preparation.input_files import recording_of
 from gpdit_lightning.progress import progress_bar
 

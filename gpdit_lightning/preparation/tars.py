@@ -29,9 +29,10 @@ from webdataset.tariterators import base_plus_ext
 from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.files import BoundedReader
 from gpdit_lightning.media.finding import FolderSearch, FoundFile, LeftOut
-from gpdit_lightning.media.images import SEARCHED_EXTENSIONS, read_image
+from gpdit_lightning.media.images import read_image
 from gpdit_lightning.names import MAX_DIGITS, as_text, number_in
 from gpdit_lightning.options.shared import MAX_COUNT
+from gpdit_lightning.path_kinds import SEARCHED_EXTENSIONS
 from gpdit_lightning.retries import retried, transient_error
 
 # Role of a member in its sample, by extension. Other members are not read.

@@ -87,7 +87,7 @@ def test_later_manifests_replace_those_of_data_dir(folders: Path, capsys: pytest
         (
             ["--data_dir", "."],
             "stage2_mixed",
-            ["folder of such folders: give --data_dir both image odd video"],
+            ["folder of such folders: give some of those in it: both image odd video"],
         ),
         (["--data_dir", "nowhere"], "stage2_mixed", ["data_dir is nowhere", "prepare --videos"]),
         (["--data_dir"], "stage2_mixed", ["--data_dir has no folder"]),

@@ -407,7 +407,7 @@ def unusable(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             "run",
             {},
-            "run contains no videos and no images, since it is a run folder: .* [(]--checkpoint takes this one",
+            "run contains no videos and no images, since it is a run folder: .* [(]`sample --checkpoint` takes",
         ),
         ("run/config.yaml", {}, r"config\.yaml is no video, since it is a recipe: give a video or an image "),
         ("empty", {}, "empty contains no videos and no images"),

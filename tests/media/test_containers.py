@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.containers import VIDEO_EXTENSIONS, is_video
+from gpdit_lightning.media.containers import is_video
 from gpdit_lightning.media.video import count_frames, iterate_frames, video_info
+from gpdit_lightning.path_kinds import VIDEO_EXTENSIONS
 from tests.media.encoding import encode, moving_texture, rgb_frame
 
 CONTAINERS = {
