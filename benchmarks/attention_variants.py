@@ -24,6 +24,7 @@ from gpdit_lightning.devices import device_name
 from gpdit_lightning.estimation.flops import PassShape, training_flops
 from gpdit_lightning.estimation.units import MIB, duration
 from gpdit_lightning.media.images import parse_size
+from gpdit_lightning.model.attention.trial import saved_bytes
 from gpdit_lightning.model.config import AttentionVariant
 
 SPATIAL_FACTOR = 8  # pixels of a latent pixel, of the codecs wan and pca
@@ -89,19 +90,7 @@ class TrainingPass:
 
     def kept_bytes(self) -> int:
         """Return the bytes of all tensors that are kept for the backward pass, without weights and inputs."""
-        held = {x.untyped_storage().data_ptr() for x in (*self.model.parameters(), self.clean, self.theta)}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = self.loss()  # keeps all tensors alive, so that no address occurs twice
-        total = sum(size for address, size in kept.items() if address not in held)
-        del loss
-        return total
+        return saved_bytes(self.loss, (*self.model.parameters(), self.clean, self.theta))
 
     def peak_bytes(self) -> int:
         """Return the peak memory of the pass on a GPU, with weights; 0 on a CPU."""

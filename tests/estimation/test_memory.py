@@ -22,6 +22,7 @@ from gpdit_lightning.estimation.memory import (
     parameter_count,
 )
 from gpdit_lightning.model.attention import flex, xformers_backends
+from gpdit_lightning.model.attention.trial import saved_bytes
 from gpdit_lightning.model.layout import count_blocks
 from tests.estimation.memory_runs import LiveBytes, storages_of
 from tests.model.attention.emulated import emulated_operators
@@ -88,19 +89,10 @@ def forward(config: GPDiTConfig, shape: Shape, precision: BytesPerValue) -> tupl
     return model, run
 
 
-def saved_bytes(config: GPDiTConfig, shape: Shape, precision: BytesPerValue) -> int:
+def bytes_saved_in_pass(config: GPDiTConfig, shape: Shape, precision: BytesPerValue) -> int:
     """Return the bytes that autograd saves in a forward pass, without parameters."""
     model, run = forward(config, shape, precision)
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()  # noqa: F841  (keeps the graph alive)
-    return sum(count for key, count in saved.items() if key not in parameters)
+    return saved_bytes(run, model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -125,7 +117,7 @@ def test_bytes_saved_by_one_block(shape: Shape, precision: BytesPerValue, varian
     ]
     expected, measured = (
         count(configs[1], shape, precision) - count(configs[0], shape, precision)
-        for count in (expected_bytes, saved_bytes)
+        for count in (expected_bytes, bytes_saved_in_pass)
     )
     assert measured == pytest.approx(expected, rel=0.01)
 
@@ -145,7 +137,7 @@ def test_bytes_saved_by_one_block_of_other_architectures(shape: Shape, fields: d
     configs = [GPDiTConfig(size="tiny", layers=layers, **fields) for layers in (2, 3)]
     expected, measured = (
         count(configs[1], shape, AUTOCAST) - count(configs[0], shape, AUTOCAST)
-        for count in (expected_bytes, saved_bytes)
+        for count in (expected_bytes, bytes_saved_in_pass)
     )
     assert measured == pytest.approx(expected, rel=0.01)
 
@@ -171,7 +163,7 @@ def test_bytes_saved_by_one_block_of_other_layouts(
     configs = [GPDiTConfig(size="tiny", layers=layers, **fields, **time) for layers in (2, 3)]
     expected, measured = (
         count(configs[1], shape, precision) - count(configs[0], shape, precision)
-        for count in (expected_bytes, saved_bytes)
+        for count in (expected_bytes, bytes_saved_in_pass)
     )
     assert measured == pytest.approx(expected, rel=0.01)
 
@@ -277,6 +269,6 @@ def test_backends_of_whole_layers_save_their_copies(backend: str, shape: Shape, 
         configs = [GPDiTConfig(size="tiny", layers=layers, attention_backend=backend, **fields) for layers in (2, 3)]
         expected, measured = (
             count(configs[1], shape, AUTOCAST) - count(configs[0], shape, AUTOCAST)
-            for count in (expected_bytes, saved_bytes)
+            for count in (expected_bytes, bytes_saved_in_pass)
         )
     assert measured == pytest.approx(expected, rel=0.01)

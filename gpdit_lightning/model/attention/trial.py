@@ -3,8 +3,9 @@
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -190,7 +191,7 @@ def measure(
                 check_backend(backend, plan, inputs, gradient=True)
                 kernel = kernel or kernel_of(backend, plan, inputs)
                 planned = PlannedAttention.of(backend, plan, device)
-                saved = max(saved, _saved_bytes(planned, inputs))
+                saved = max(saved, saved_bytes(partial(planned, inputs.context, inputs.parts), inputs.leaves))
                 milliseconds += count * statistics.median(_milliseconds(planned, inputs) for _ in range(repeats))
         except Exception as error:  # a build for another torch or GPU may raise anything
             return Measurement(reason=first_line(error))
@@ -212,17 +213,23 @@ def _now(inputs: Inputs) -> float:
     return time.perf_counter()
 
 
-def _saved_bytes(planned: PlannedAttention, inputs: Inputs) -> int:
-    """Return the bytes that autograd saves in a forward pass, without the inputs."""
-    given = {tensor.untyped_storage().data_ptr() for tensor in inputs.leaves}
+def saved_bytes(run: Callable[[], object], held: Iterable[Tensor]) -> int:
+    """Return the bytes that autograd saves for the backward pass of a function.
+
+    Args:
+        run: the function; what it returns keeps the graph alive until the bytes are counted, so that no address is
+            counted twice.
+        held: tensors that are not counted, such as inputs and weights.
+    """
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in held}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output of the operation that saves it would keep its graph, and itself, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = planned(inputs.context, inputs.parts)
-    del outputs
-    return sum(count for pointer, count in saved.items() if pointer not in given)
+        result = run()
+    del result
+    return sum(count for address, count in saved.items() if address not in addresses)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention.flex_attention import flex_attention
 
 from gpdit_lightning import InputError
@@ -16,7 +17,7 @@ from gpdit_lightning.model.attention import BlockSizes, PlannedAttention, backen
 from gpdit_lightning.model.attention.flex import BLOCK, flex_tables
 from gpdit_lightning.model.attention.gather import attention_calls, collect_outputs
 from gpdit_lightning.model.attention.plan import AttentionPlan
-from gpdit_lightning.model.attention.trial import Inputs, check_backend, measure
+from gpdit_lightning.model.attention.trial import Inputs, check_backend, measure, saved_bytes
 from gpdit_lightning.model.attention.xformers_backends import block_diagonal_mask, block_lengths
 from tests.model.attention.emulated import PLAN_BACKENDS, allowed_pairs, emulated_operators
 from tests.model.attention.emulated import flex_attention as by_definition
@@ -181,6 +182,18 @@ def test_a_custom_backend_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     backends.register_attention_backend("faulty", Faulty)
     with pytest.raises(InputError, match="'faulty' cannot be used, since a trial failed"):
         toy_model(attention_backend="faulty")(*batch)
+
+
+def test_counting_saved_bytes_frees_what_was_saved() -> None:
+    x, outputs = torch.ones(4, requires_grad=True), []
+
+    def run() -> Tensor:
+        y = x.exp()  # saves its output
+        outputs.append(StorageWeakRef(y.untyped_storage()))
+        return y * x
+
+    assert saved_bytes(run, [x]) == 4 * 4  # of y
+    assert outputs[0].expired()
 
 
 def test_a_backend_is_measured_at_given_plans() -> None:
