@@ -30,7 +30,6 @@ from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import (
     CONTENT_HASH,
     COUNT,
-    LIST,
     MAX_JSON_BYTES,
     OBJECT,
     POSITIVE_NUMBER,
@@ -55,11 +54,12 @@ LABELS = Constraint(
     "a list of different strings",
     lambda value: isinstance(value, list) and all(map(TEXT.accepts, value)) and len({*value}) == len(value),
 )
+SHARDS = Constraint("a list of at least one shard", lambda value: isinstance(value, list) and bool(value))
 
 SCHEMA: dict[str, Any] = {
     "format": TEXT,
     "codec": OBJECT,
-    "shards": LIST,
+    "shards": SHARDS,
     "preparation": OBJECT,
     "validation": OBJECT,
     "labels": LABELS,

@@ -81,6 +81,7 @@ def test_broken_json_is_reported(manifest: Manifest) -> None:
         (["codec", "mean"], [0.0], r"codec.mean = \[0.0\], which is not one number for each of the 4"),
         (["shards"], None, "lacks the field shards"),
         (["shards"], {}, "has shards = {}; it must be a list"),
+        (["shards"], [], r"has shards = \[\]; it must be a list of at least one shard"),
         (["labels"], None, "lacks the field labels"),
         (["more"], 1, "unknown field more"),
         (["shards", 0, "sha256"], None, r"lacks the field shards\[0\].sha256"),
