@@ -146,7 +146,7 @@ def find_checkpoint(path: str | Path, verify: bool = False) -> Path:
     if not (path / TRAINING).is_file():
         last = last_checkpoint(path, verify) if path.is_dir() else None
         if last is None:
-            cure = "give a step-N.ckpt, a run folder of `fit` that has some, or an exported model"
+            cure = "give a step-N.ckpt, a run folder of `fit` that has one, or an exported model"
             raise InputError(
                 f"there is no checkpoint at {path}, {path_kinds.reason_and_cure(path, 'checkpoint', cure)}."
             )

@@ -285,8 +285,8 @@ def check_accelerator(accelerator: Any, devices: Any) -> None:
         raise InputError(
             f"trainer.accelerator is {accelerator}, but {missing}, or set trainer.accelerator to auto or cpu."
         )
-    if name == "tpu" and not AcceleratorRegistry[name]["accelerator"].is_available():
-        raise InputError("trainer.accelerator is tpu, but no TPU is found: set trainer.accelerator to auto or cpu.")
+    if not AcceleratorRegistry[name]["accelerator"].is_available():  # such as tpu
+        raise InputError(f"trainer.accelerator is {name}, but Lightning finds no such device: give auto or cpu.")
     numbers = devices if isinstance(devices, list) else re.findall(r"\d+", str(devices)) if "," in str(devices) else []
     highest = max((int(number) + 1 for number in numbers), default=number_in(str(devices)) or 0)
     if name == "cpu" and numbers:

@@ -50,7 +50,7 @@ def test_precisions_that_are_supported() -> None:
         (False, 0, "gpu", 1, "accelerator is gpu, but torch .* is built without CUDA: install .* or cpu"),
         (True, 0, "cuda", "auto", "accelerator is cuda, but torch .* finds no GPU: check the driver .* or cpu"),
         (True, 2, "mps", 1, "accelerator is mps, but torch .* finds no GPU of Apple: .* or cpu"),
-        (True, 2, "tpu", 1, "accelerator is tpu, but no TPU is found: .* or cpu"),
+        (True, 2, "tpu", 1, "accelerator is tpu, but Lightning finds no such device: .* or cpu"),
         (True, 2, "GPU", 1, r"accelerator 'GPU' is not known: give one of auto, gpu, cpu, "),
         (
             True,
