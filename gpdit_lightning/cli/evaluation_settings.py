@@ -21,6 +21,7 @@ from gpdit_lightning.generation.settings import check_context_frames, layout_of,
 from gpdit_lightning.generation.video import num_latent_frames
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.evaluate import EvaluateOptions
+from gpdit_lightning.options.shared import check_has_effect
 from gpdit_lightning.path_kinds import Medium
 from gpdit_lightning.preparation.annotations import Annotations
 
@@ -196,15 +197,15 @@ def check_mode(options: EvaluateOptions, context_frames: int, medium: Medium) ->
     Raises:
         InputError: an option belongs to the other mode, or the real data are of another medium.
     """
+    if medium == "video":
+        check_has_effect(options, "on videos", "image_scaling")
     if context_frames:
         if not options.videos:
             raise InputError(
                 f"{context_frames} frames of context are continued, which needs --videos; for samples from noise alone "
                 "give --context_frames 0."
             )
-        if options.samples is not None or options.sample_labels != "balanced":
-            option = "samples" if options.samples is not None else "sample_labels"
-            raise InputError(f"--{option} is for samples from noise alone: give --context_frames 0, or leave it out.")
+        check_has_effect(options, "without --context_frames 0", "samples", "sample_labels")
     elif medium == "image":
         if options.videos or options.video_network:
             problem = "compared with --images or --reference" if options.videos else "not scored by a video_network"

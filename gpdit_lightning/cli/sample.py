@@ -59,19 +59,17 @@ def report_short_ground_truth(options: SampleOptions, plan: GenerationPlan) -> N
         "mp4": "it is black afterwards in the mp4" if options.side_by_side else "",
     }
     shown = [effects[name] for name in formats if effects.get(name)]
-    short = [
-        clip
+    short = {  # by context, which may have several samples
+        clip.context.name: clip
         for clip in plan.clips
         if len(clip.context.ground_truth) < clip.frames and (len(clip.context.ground_truth) or options.side_by_side)
-    ]
+    }
     if not short or not shown:
         return
-    first = short[0]
+    first = next(iter(short.values()))
     known = len(first.context.ground_truth)
     reason = "its video ends there (an earlier --start shows more)"
-    if not len(first.context.pixels):
-        reason = "there is no context"
-    elif known == MAX_GROUND_TRUTH and not options.side_by_side:
+    if known == MAX_GROUND_TRUTH and not options.side_by_side:
         reason = "more are read with --side_by_side only"
     others = f", and likewise of {counted(len(short) - 1, 'other video')}" if len(short) > 1 else ""
     log.info(

@@ -160,10 +160,10 @@ class EvaluateOptions(
         check_at_most(self, generated_frames=MAX_COUNT, samples=MAX_COUNT)
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"--seeds are {list(self.seeds)}: give one or more different numbers, each at least 0.")
-        if not self.labels and self.label_guidance != 1:
-            raise InputError(
-                f"--label_guidance is {self.label_guidance} without labels: leave --no_labels or --label_guidance out."
-            )
+        if not self.labels:
+            check_has_effect(self, "with --no_labels", "label_guidance", "sample_labels")
+        if self.reference is not None:
+            check_has_effect(self, "with --reference", "count", "selection_seed", "annotations")
         if self.video_network is None:
             check_has_effect(self, "without --video_network", "fvd_frames")
         if self.classifier is not None and self.image_network is None:

@@ -226,7 +226,7 @@ def test_a_report_without_the_field_of_labels_is_read(finished: Path) -> None:
         (["--annotations=LIST"], "has the label 'swim' by the annotations, which is no class of"),
         (["--checkpoint=UNLABELLED", "--annotations=LIST"], "was trained without labels: leave --annotations out"),
         (["--checkpoint=UNLABELLED", "--label_guidance=2"], "was trained without labels: leave --label_guidance out"),
-        (["--no_labels", "--label_guidance=2"], "--label_guidance is 2.0 without labels"),
+        (["--no_labels", "--label_guidance=2"], "--label_guidance has no effect with --no_labels"),
         (["--context_frames=0", "NO NETWORKS"], "--context_frames is 0, so frames cannot be compared with real ones"),
         (["--context_frames=-1"], "--context_frames is -1: give at least 0"),
     ],
@@ -494,7 +494,8 @@ def test_a_folder_with_other_settings_is_refused(
         ("--videos=/nowhere", "/nowhere does not exist"),
         ("--checkpoint=/nowhere", "there is no checkpoint at /nowhere"),
         ("--checkpoint=IMAGES", "images are images, which are compared with --images or --reference"),
-        ("--samples=9", "--samples is for samples from noise alone: give --context_frames 0, or leave it out"),
+        ("--samples=9", "--samples has no effect without --context_frames 0: "),
+        ("--image_scaling=adm", "--image_scaling has no effect on videos"),
         (
             "--images=/nowhere",
             "the options --videos and --images are given to compare with: give one of --videos",

@@ -252,6 +252,13 @@ def test_any_name_of_a_file_is_an_option_value(name: str, tmp_path: Path, monkey
         ("estimate", ["--config=r.yaml", "--measure", "--gpu=A100"], "gpu", "with --measure"),
         ("estimate", ["--config=r.yaml", "--tflops=3", "--mfu=0.5"], "mfu", "with --tflops"),
         ("evaluate", ["--checkpoint=m", "--out=o", "--fvd_frames=generated"], "fvd_frames", "without --video_network"),
+        ("evaluate", ["--checkpoint=m", "--out=o", "--reference=r", "--count=9"], "count", "with --reference"),
+        (
+            "evaluate",
+            ["--checkpoint=m", "--out=o", "--no_labels", "--sample_labels=data"],
+            "sample_labels",
+            "with --no_",
+        ),
     ],
 )
 def test_an_option_without_effect_is_refused_unless_it_has_its_default(

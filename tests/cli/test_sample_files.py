@@ -88,6 +88,7 @@ def test_borders_and_ground_truth_beside_the_video(workspace: Path, tmp_path: Pa
         (["--start=1", "--side_by_side"], "7 of the 8 .*: it is black afterwards in the mp4, and the strip shows it"),
         (["--start=1", "--formats", "gif"], "7 of the 8 .*: a GIF leaves it out"),
         (["--start=1", "--formats", "mp4"], None),
+        (["--start=1", "--samples=2"], "7 of the 8 generated frames, since its video ends there [^,]*: the strip"),
         (["--start=0"], None),
         ([], None),
         (["--side_by_side"], "0 of the 8 generated frames"),
