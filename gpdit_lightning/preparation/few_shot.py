@@ -26,6 +26,7 @@ from gpdit_lightning.preparation.pairs import Pair, pair_folders, pairs_from_fol
 from gpdit_lightning.preparation.records import USE_ANOTHER_FOLDER
 from gpdit_lightning.progress import progress_bar
 from gpdit_lightning.retries import explain_write_errors
+from gpdit_lightning.schema import differences
 from gpdit_lightning.specs import CodecSpec
 
 INPUT_OPTIONS = ("sources", "targets", "pairs_in")
@@ -195,9 +196,9 @@ def _existing_manifest(out: Path, preparation: dict[str, Any], codec: CodecSpec)
         print(f"{manifest.path} already contains the result of these options.")
         return manifest
     different = [
-        f"--{name} was {manifest.preparation.get(name)} and is {preparation[name]}"
-        for name in SEQUENCE_OPTIONS
-        if manifest.preparation.get(name) != preparation.get(name)
+        f"--{name} was {before} and is {now}"
+        for name, before, now in differences(manifest.preparation, preparation)
+        if name in SEQUENCE_OPTIONS
     ]
     reason = next(iter(different), "the names or the content of the images")  # without an option: inputs_sha256
     raise InputError(f"{out} contains shards of other options ({reason}): {USE_ANOTHER_FOLDER}.")

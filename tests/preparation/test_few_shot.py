@@ -292,3 +292,5 @@ def test_frames_of_a_recording_are_held_out_together(options: PreparePairsOption
     assert len(manifest.validation["held_out"]) == 6
     assert "source_pattern" in manifest.validation["held_out_by"]
     assert manifest.preparation["source_pattern"] == r"clip\d+"
+    with pytest.raises(InputError, match=r"other options \(--source_pattern was clip\\d\+ and is None\)"):
+        prepare_pairs(replace(options, validation_fraction=0.01))
