@@ -1,12 +1,12 @@
 """What a path holds, for messages about a path of another kind than an option takes.
 
-The kinds are recognized by the names of files, whose content is not read.
+The kinds are recognized by the names of files, whose content is not read. What cannot be searched, such as a folder of
+another user, counts as not found, so that a message about one path does not become an error about another.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import suppress
 from itertools import islice
+from os.path import isdir, isfile  # unlike the methods of `Path`, False after any error
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -40,6 +40,7 @@ TAKEN_BY: dict[Kind, str] = {
 }
 NOUNS: dict[Medium, str] = {"video": "a video", "image": "an image"}
 SEARCHED = 1000  # entries of a folder
+MAX_LISTED = 5  # paths in a message
 NUM_PARENTS = 3
 
 
@@ -59,7 +60,17 @@ class Found(NamedTuple):
 
 def found_at(path: Path) -> Found:
     """Return what an existing path holds."""
-    return _found_in_folder(path) if path.is_dir() else _found_in_file(path)
+    if not isdir(path):
+        return _found_in_file(path)
+    if marked := _marked(path):
+        return marked
+    entries = _entries(path)
+    if entries is None:
+        return Found(None, "a folder that cannot be read")
+    media = (medium for entry in entries if (medium := _found_in_file(entry).medium) and isfile(entry))
+    if medium := next(media, None):
+        return Found("media", f"a folder with {medium}s", medium)
+    return Found(None, "a folder" if entries else "an empty folder")
 
 
 def reason_and_cure(path: Path, wanted: Kind, cure: str) -> str:
@@ -75,12 +86,12 @@ def reason_and_cure(path: Path, wanted: Kind, cure: str) -> str:
     if not os.path.exists(path):  # unlike `Path.exists`, False for a name that is too long
         return f"since it does not exist: {cure}"
     found = found_at(path)
-    inside = _inside(path, wanted) if path.is_dir() and path.name != CHECKPOINTS else []
+    inside = _inside(path, wanted) if isdir(path) and path.name != CHECKPOINTS else []
     if inside:
         reason = "since it is a folder of such folders" if wanted != "recipe" else f"since it is {found.noun}"
         if len(inside) == 1:
             return f"{reason}: give {inside[0]}"
-        if wanted == "data":
+        if wanted == "data" and len(inside) <= MAX_LISTED:
             return f"{reason}: give some of those in it: {' '.join(map(str, inside))}"
         return f"{reason}: give one of the {len(inside)} in it, such as {inside[0]}"
     reason = f"since it is {found.noun}"
@@ -94,20 +105,15 @@ def reason_and_cure(path: Path, wanted: Kind, cure: str) -> str:
     return f"{reason}: {cure}{f' ({TAKEN_BY[found.kind]} takes this one)' if found.kind else ''}"
 
 
-def _found_in_folder(path: Path) -> Found:
-    if (path / TRAINING).is_file():
+def _marked(folder: Path) -> Found | None:
+    """Return what a folder holds by the names that only a run, a model or data have; None for another one."""
+    if isfile(folder / TRAINING):
         return Found("checkpoint", "a checkpoint")
-    if (path / CHECKPOINTS).is_dir():
+    if isdir(folder / CHECKPOINTS):
         return Found("run", "a run folder")
-    if (path / EXPORTED_WEIGHTS).is_file():
+    if isfile(folder / EXPORTED_WEIGHTS):
         return Found("checkpoint", "an exported model")
-    if (path / MANIFEST).is_file():
-        return Found("data", "a folder of prepared data")
-    entries = list(_entries(path))
-    media = [found for entry in entries if entry.is_file() and (found := _found_in_file(entry)).medium]
-    if media:
-        return Found("media", f"a folder with {media[0].medium}s", media[0].medium)
-    return Found(None, "a folder" if entries else "an empty folder")
+    return Found("data", "a folder of prepared data") if isfile(folder / MANIFEST) else None
 
 
 def _found_in_file(path: Path) -> Found:
@@ -116,40 +122,44 @@ def _found_in_file(path: Path) -> Found:
         return Found("recipe", "a recipe")
     if path.name == MANIFEST:
         return Found("data", "the manifest of prepared data")
-    if suffix == ".tar" and (folder / MANIFEST).is_file():
+    if suffix == ".tar" and isfile(folder / MANIFEST):
         return Found("data", "a shard of prepared data")
-    if suffix in (".ckpt", ".safetensors") and (folder / TRAINING).is_file():
+    if suffix in (".ckpt", ".safetensors") and isfile(folder / TRAINING):
         return Found("checkpoint", "a file of a checkpoint")
-    if path.name in (EXPORTED_CONFIG, EXPORTED_WEIGHTS) and (folder / EXPORTED_WEIGHTS).is_file():
+    if path.name in (EXPORTED_CONFIG, EXPORTED_WEIGHTS) and isfile(folder / EXPORTED_WEIGHTS):
         return Found("checkpoint", "a file of an exported model")
     medium = next((medium for medium, extensions in EXTENSIONS.items() if suffix in extensions), None)
     return Found("media", NOUNS[medium], medium) if medium else Found(None, "a file")
 
 
-def _entries(folder: Path) -> Iterator[Path]:
-    """Yield some entries of a folder that are not hidden; none of one that cannot be read."""
-    with suppress(OSError):
-        yield from (entry for entry in islice(folder.iterdir(), SEARCHED) if not entry.name.startswith("."))
+def _entries(folder: Path) -> list[Path] | None:
+    """Return some entries of a folder that are not hidden; None if it cannot be read."""
+    try:
+        return [entry for entry in islice(folder.iterdir(), SEARCHED) if not entry.name.startswith(".")]
+    except OSError:
+        return None
 
 
 def _holds(path: Path, wanted: Kind) -> bool:
     """Return whether an option that takes a kind takes this path: a folder, or the file of a recipe."""
-    kinds = ("checkpoint", "run") if wanted == "checkpoint" else (wanted,)
-    return found_at(path).kind in kinds and path.is_dir() == (wanted != "recipe")
+    if wanted == "recipe":
+        return not isdir(path) and _found_in_file(path).kind == wanted
+    marked = _marked(path)  # its files are not searched: a folder may contain a thousand folders of images
+    return marked is not None and marked.kind in (("checkpoint", "run") if wanted == "checkpoint" else (wanted,))
 
 
 def _inside(folder: Path, wanted: Kind) -> list[Path]:
     """Return the entries of a folder that an option takes; of a run folder, its recipe."""
     if wanted == "media":  # is searched for before this
         return []
-    if wanted == "recipe" and (folder / RECIPE).is_file():
+    if wanted == "recipe" and isfile(folder / RECIPE):
         return [folder / RECIPE]
-    return sorted(entry for entry in _entries(folder) if _holds(entry, wanted))
+    return sorted(entry for entry in _entries(folder) or () if _holds(entry, wanted))
 
 
 def _above(path: Path, wanted: Kind) -> Path | None:
     """Return the closest folder above a path that an option takes, or of a run folder its recipe."""
     folders = list(islice(path.parents, NUM_PARENTS))
     if wanted == "recipe":
-        return next((folder / RECIPE for folder in folders if (folder / RECIPE).is_file()), None)
+        return next((folder / RECIPE for folder in folders if isfile(folder / RECIPE)), None)
     return next((folder for folder in folders if _holds(folder, wanted)), None) if wanted != "media" else None

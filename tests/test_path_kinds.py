@@ -1,6 +1,9 @@
 """Paths of another kind than an option takes: the message says what was found, and names the path or option to use."""
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,3 +124,31 @@ def test_a_training_recipe_as_options_of_another_verb(work: Path, capsys: pytest
     for verb in ("fit", "sample"):
         assert main([verb, "--config", "mine.yaml"]) == 2
         assert "mine.yaml has the field config, which no file can have" in capsys.readouterr().err
+
+
+def test_entries_that_cannot_be_searched_or_are_many_do_not_replace_the_message(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (work / "latents/secret").mkdir()
+    (work / "latents/images").mkdir()
+    (work / "latents/images/1.png").touch()
+    read, seen = os.stat, list[str]()
+
+    def stat(path: str | Path, **settings: Any) -> os.stat_result:
+        seen.append(str(path))
+        if "secret/" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path, **settings)
+
+    monkeypatch.setattr(os, "stat", stat)
+    expected = "since it is a folder of such folders: give some of those in it: latents/one latents/two"
+    assert reason_and_cure(Path("latents"), "data", "CURE") == expected
+    assert any("latents/secret/" in path for path in seen)
+    assert not any("1.png" in path for path in seen)  # a folder may contain a thousand folders of images
+    many = [work / "latents" / f"{number:03}" / "manifest.json" for number in range(300)]
+    for path in many:
+        path.parent.mkdir()
+        path.touch()
+    assert reason_and_cure(Path("latents"), "data", "CURE").endswith("give one of the 302 in it, such as latents/000")
+    monkeypatch.setattr(Path, "iterdir", lambda path: os.scandir(f"{path}/nothing"))
+    assert reason_and_cure(Path("latents"), "data", "CURE") == "since it is a folder that cannot be read: CURE"
