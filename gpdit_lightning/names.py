@@ -71,6 +71,16 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: _escape(match[0]), text)
 
 
+def figure_text(text: str) -> str:
+    r"""Return text as a figure of matplotlib shows it: on one line, without formulas, and also in a legend.
+
+    matplotlib takes what is between two dollar signs for a formula, unless it has \$ for each, and leaves what begins
+    with an underscore out of a legend.
+    """
+    shown = printable(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def is_hub_name(text: str) -> bool:
     """Return whether a text is a name on the Hugging Face hub, like `user/model`, unless a folder `user` exists."""
     return HUB_NAME.fullmatch(text) is not None and not Path(text).parent.is_dir()

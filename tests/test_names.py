@@ -1,8 +1,11 @@
 """Names of files as text."""
 
-import pytest
+import io
 
-from gpdit_lightning.names import ESCAPING, as_text, from_text, nearest_names, printable
+import pytest
+from matplotlib.figure import Figure
+
+from gpdit_lightning.names import ESCAPING, as_text, figure_text, from_text, nearest_names, printable
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,24 @@ def test_the_bytes_of_a_name_are_restored_from_its_text() -> None:
     name = "caf\udce9 \udcff 日.mp4"
     assert from_text(as_text(name)) == name
     assert "日 caf\udce9".encode("latin-1", ESCAPING) == rb"\u65e5 caf\xe9"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (r"$x_$ and \$y^$", r"$x_$ and \$y^$"),
+        ("$$", "$$"),
+        ("$" + "{" * 50 + "$", "$" + "{" * 50 + "$"),
+        ("_run", " _run"),
+        ("r\udcff\n", r"r\xff\n"),
+    ],
+)
+def test_figures_show_any_name(name: str, shown: str) -> None:
+    figure = Figure()
+    figure.subplots().plot([0, 1], label=figure_text(name))
+    (label,) = figure.legend().texts
+    assert label._preprocess_math(label.get_text()) == (shown, False)
+    figure.savefig(io.BytesIO())
 
 
 def test_the_nearest_of_many_names_are_shown() -> None:

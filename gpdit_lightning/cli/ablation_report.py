@@ -17,6 +17,7 @@ from gpdit_lightning.devices import device_name
 from gpdit_lightning.estimation.budget import RunCosts
 from gpdit_lightning.estimation.units import duration, flops
 from gpdit_lightning.files import atomic_write
+from gpdit_lightning.names import figure_text
 from gpdit_lightning.version import __version__
 
 BUDGETS = {"steps": "optimizer steps", "flops": "training FLOPs", "time": "seconds of training"}
@@ -223,8 +224,9 @@ def draw_curves(ablation: Ablation, results: Sequence[ArmResults]) -> None:
             continue
         steps = [step for step, *_ in curves[0]]
         losses = [[loss for _, loss, _ in curve] for curve in curves]
-        plot_range(panels[0], steps, losses, result.arm.name)
-        plot_range(panels[1], [step * costs.step_flops / 1e12 for step in steps], losses, result.arm.name)
+        name = figure_text(result.arm.name)
+        plot_range(panels[0], steps, losses, name)
+        plot_range(panels[1], [step * costs.step_flops / 1e12 for step in steps], losses, name)
     for axes, label in zip(panels, ("optimizer steps", "training TFLOP"), strict=True):
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)

@@ -16,7 +16,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import announce_replaced, atomic_write, check_writable
 from gpdit_lightning.model.attention_pattern import AttentionPattern, attention_patterns
 from gpdit_lightning.model.config import GPDiTConfig
-from gpdit_lightning.names import counted, number_in
+from gpdit_lightning.names import counted, figure_text, number_in
 from gpdit_lightning.options.attention import AttentionOptions
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def draw(patterns: Mapping[str, AttentionPattern], title: str, path: Path) -> No
     shown = LEGEND if any(pattern.noisy for pattern in patterns.values()) else LEGEND[:1]
     entries = [Patch(color=colour, label=label) for colour, label in zip(COLOURS[1:], shown, strict=False)]
     figure.legend(handles=entries, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(figure_text(title), fontsize=11)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 

@@ -72,7 +72,7 @@ def classification_result(
         top5=float(predictions.is_correct(5).double().mean()),
     )
     return ProbeResult(
-        checkpoint=str(checkpoint),
+        checkpoint=as_text(checkpoint),
         identity=sha256_of_weights(checkpoint),
         step=open_checkpoint(checkpoint).step,
         weights="ema" if is_averaged else "raw",

@@ -141,7 +141,7 @@ def probe_checkpoint(
     readable = set(features.paths)
     used = [video for video in videos if video.path in readable]
     return ProbeResult(
-        checkpoint=str(checkpoint),
+        checkpoint=as_text(checkpoint),
         identity=trained.sha256,
         step=trained.step,
         weights=trained.weights,  # a run may have no EMA weights

@@ -10,7 +10,7 @@ from gpdit_lightning.diagnosis.curves import RECENT, RunCurves, thinned
 from gpdit_lightning.diagnosis.facts import ERROR_RATIO
 from gpdit_lightning.diagnosis.references import Reference
 from gpdit_lightning.files import atomic_write
-from gpdit_lightning.names import counted, printable
+from gpdit_lightning.names import counted, figure_text, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,7 +127,8 @@ def draw(name: str, run: RunCurves, comparison: Comparison, path: Path) -> None:
     handles = {label: line for lines, labels in labelled for line, label in zip(lines, labels, strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     levels = "" if comparison.has_levels else "; levels cannot be compared" if reference else ""
-    figure.suptitle(f"{name}, beside {reference.name}{levels}" if reference else name, fontsize=10)
+    title = f"{name}, beside {reference.name}{levels}" if reference else name
+    figure.suptitle(figure_text(title), fontsize=10)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 

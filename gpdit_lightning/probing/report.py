@@ -16,7 +16,7 @@ from gpdit_lightning.evaluation.report import Report, library_versions
 from gpdit_lightning.evaluation.videos import stride_text
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.images import Size
-from gpdit_lightning.names import as_text
+from gpdit_lightning.names import as_text, figure_text
 from gpdit_lightning.probing.probe import C_GRID, FOLDS, RESAMPLES, LayerScore
 from gpdit_lightning.probing.splits import LabelledVideo
 
@@ -234,7 +234,7 @@ def plot_probe(results: Sequence[ProbeResult], path: Path, evaluations: Sequence
     figure = Figure(figsize=(5.5 * (1 + len(x_values)), 4.5), layout="constrained")
     layer_axes, *best_axes = figure.subplots(1, 1 + len(x_values), squeeze=False, sharey=True)[0]
     for number, result in enumerate(results):
-        _draw_layers(layer_axes, result, _label(result, results), f"C{number}")
+        _draw_layers(layer_axes, result, figure_text(_label(result, results)), f"C{number}")
     layer_axes.set(xlabel="layer (0: patch embedding)", ylabel="top-1 accuracy, %")
     layer_axes.xaxis.get_major_locator().set_params(integer=True)
     for axes, (name, values) in zip(best_axes, x_values.items(), strict=True):

@@ -382,7 +382,7 @@ def test_a_run_that_no_reference_fits_is_checked_by_itself(
     tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = recipe(tiny_shards, backbone={"target": "epsilon"})
-    run = write_run(tmp_path / "run", settings, {"warnings/spikes": lambda part: 2})
+    run = write_run(tmp_path / "$x_$", settings, {"warnings/spikes": lambda part: 2})
     text = diagnose(run, capsys=capsys)
     assert "reference: none that ships fits this run" in text
     assert text.split("findings:\n")[1].startswith("- 2 steps had a spike of the gradient")

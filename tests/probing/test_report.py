@@ -88,5 +88,9 @@ def test_a_fine_tuned_classifier_has_a_row_of_the_same_form(result: ProbeResult,
 def test_several_checkpoints_add_a_panel_over_steps(result: ProbeResult, tmp_path: Path) -> None:
     plot_probe([result], tmp_path / "one.png")
     plot_probe([result, replace(result, step=1000, identity="other")], tmp_path / "two.png")
+    of_one_step = [
+        replace(result, checkpoint=name, identity=name) for name in ("$x_$/step-500.ckpt", "$$/step-500.ckpt")
+    ]
+    plot_probe(of_one_step, tmp_path / "names.png")
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
         assert (one.width * 2, one.height) == two.size
