@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Collection, Sequence
 from fractions import Fraction
@@ -153,7 +154,7 @@ def record_demo(run_dir: Path, videos: Path | None) -> None:
 
 def recorded(videos: Path | None) -> dict[str, Any]:
     """Return the record of the demo of a folder of videos, or of the digits."""
-    return {"version": VERSION, "videos": str(videos.resolve()) if videos else None}
+    return {"version": VERSION, "videos": os.path.realpath(videos) if videos else None}
 
 
 def check_splits(videos: Path, splits: Collection[str], kind: str) -> None:

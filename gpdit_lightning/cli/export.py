@@ -1,5 +1,6 @@
 """`export`: write the model of a checkpoint to a folder that is read without unpickling."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,7 +43,7 @@ def export(options: ExportOptions) -> None:
             of another model.
     """
     trained = load_trained_model(options.checkpoint, weights=options.weights)
-    out = options.out.resolve()
+    out = Path(os.path.realpath(options.out))
     model = trained.backbone
     stored = Weights(model.state_dict(), model.config, model.facts)
     if options.dtype:

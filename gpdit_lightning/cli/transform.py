@@ -224,10 +224,12 @@ def plan_jobs(
     hash_of = cache(hash_content)
     chosen = [choose_examples(candidates, path, count, options.examples, hash_of) for path in sources]
     read = {
-        path.resolve() for paths in (*inputs, *(paths for examples in chosen for paths in examples)) for path in paths
+        os.path.realpath(path)
+        for paths in (*inputs, *(paths for examples in chosen for paths in examples))
+        for path in paths
     }
     for path in (*results, sheet):
-        if path.resolve() in read:
+        if os.path.realpath(path) in read:
             raise InputError(f"{path} is an input and would be overwritten by a result: give another --out or --sheet.")
     jobs = []
     for paths, out, examples in zip(inputs, results, chosen, strict=True):

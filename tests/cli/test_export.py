@@ -263,6 +263,12 @@ def test_folder_with_other_files_is_refused(run: Path, tmp_path: Path, capsys: p
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "other"}
 
 
+def test_a_link_to_itself_is_replaced(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to("model")
+    assert export(run, tmp_path / "model", "--no_samples") == 0
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
 def test_failed_export_leaves_no_files(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device", "model.safetensors")
