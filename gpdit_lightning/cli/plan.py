@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gpdit_lightning.cli.estimate import known_gpu
-from gpdit_lightning.cli.plan_trial import MAX_SECONDS, can_measure, measured_flops_per_s
+from gpdit_lightning.cli.plan_trial import MAX_SECONDS, NO_MEASUREMENT, can_measure, measured_flops_per_s
 from gpdit_lightning.cli.value_checks import check_folder
 from gpdit_lightning.devices import Machine, this_machine
 from gpdit_lightning.errors import InputError
@@ -57,6 +57,8 @@ def plan(options: PlanOptions, check: Callable[[Path], None] | None = None) -> C
         measured = measured_flops_per_s(text, choice.run)
         if measured:
             choice = choose_again(choice, measured)
+        else:
+            choice = replace(choice, speed=choice.speed._replace(trial_failure=NO_MEASUREMENT))
     with atomic_write(options.out) as path:
         path.write_text(recipe_text(choice, run_dir, str(options.out)), encoding="utf-8")
     print("\n".join(summary(choice)))

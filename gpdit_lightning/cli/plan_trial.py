@@ -23,6 +23,9 @@ from gpdit_lightning.training.callbacks.throughput import Throughput
 
 MAX_SECONDS = 20.0  # of a trial, after the data and the model are loaded
 MAX_STEPS = 200  # of a trial
+NO_MEASUREMENT = (
+    f"the trial ended after {MAX_SECONDS:.0f} s with less than two steps (the machine is busy, or slower than assumed)"
+)
 
 
 class TrialFinishedError(Exception):

@@ -133,6 +133,11 @@ def summary(choice: Choice) -> list[str]:
 def warnings(choice: Choice) -> Iterator[str]:
     """Yield sentences on what a user should know before the training."""
     recordings, steps = choice.data.recordings, choice.run.max_steps
+    if choice.speed.trial_failure:
+        yield (
+            f"No measurement: {choice.speed.trial_failure}, so the time is assumed; run `plan` again when the machine "
+            "is idle, or give `estimate` the speed by --tflops."
+        )
     if 0 < recordings < FEW_RECORDINGS:
         yield f"Few data: a model memorizes {counted(recordings, 'file')}; prepare more for a model that generalizes."
     if choice.is_bounded_by_time and steps < FEW_STEPS:

@@ -89,10 +89,12 @@ class Speed(NamedTuple):
     Attributes:
         cluster: the devices, with their FLOP/s in whole steps without communication.
         is_measured: whether these were measured; else they are expected.
+        trial_failure: why a trial gave no measurement; empty if it gave one, or if there was no trial.
     """
 
     cluster: Cluster
     is_measured: bool
+    trial_failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -195,20 +197,29 @@ def choose(data: TrainingData, machine: Machine, goal: Goal, flops_per_s: float 
         parameters = parameter_count(backbone_of(data, size))
         if parameters > data.tokens / TOKENS_PER_PARAMETER:
             tokens = count_text(data.tokens)
-            obstacle = f"{size} has {count_text(parameters)} parameters, more than the data have tokens ({tokens})"
+            has = f"has {count_text(parameters)} parameters, more than the data have tokens ({tokens})"
+            obstacle = f"{size_text(size)} {has}"
             continue
         choice = settle(data, machine, goal, size, speed)
         if choice is None:
-            obstacle = f"{size} does not fit into {memory_limit(machine) / GIB:.3g} GiB without offloading"
+            obstacle = f"{size_text(size)} does not fit into {memory_limit(machine) / GIB:.3g} GiB without offloading"
         elif choice.trained_tokens < (least := TRAINED_TOKENS_PER_PARAMETER) * parameters:
             trained = choice.trained_tokens / parameters
-            obstacle = f"{size} would have {trained:.2g} of them in {goal.hours:g} hours, fewer than {least}"
+            obstacle = f"{size_text(size)} would have {trained:.2g} of them in {goal.hours:g} hours, fewer than {least}"
         else:
             return replace(choice, larger_size=obstacle)
     choice = settle(data, machine, goal, smallest, speed)
     if choice is None:
         raise does_not_fit(machine, smallest, "use a machine with more memory, or prepare smaller frames")
     return replace(choice, larger_size=obstacle)
+
+
+def size_text(size: str) -> str:
+    """Return the name of a size; for one that a recipe cannot name, also how to get it."""
+    if size in SIZES:
+        return size
+    fields = ", ".join(f"{name} {value}" for name, value in LADDER[size].items())
+    return f"{size} (`plan --size {size}`: {fields})"
 
 
 def does_not_fit(machine: Machine, size: str, cure: str) -> InputError:

@@ -240,6 +240,19 @@ def test_a_planned_recipe_trains_and_resumes(
     assert averaged_weights("runs/again") == averaged_weights("runs/both")
 
 
+def test_a_trial_without_two_steps_says_that_the_time_is_assumed(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan_trial, "MAX_SECONDS", 0.0)  # is over after the first step
+    monkeypatch.setattr("gpdit_lightning.cli.plan.can_measure", lambda *_: True)
+    assert main(["plan", "--data_dir", str(folders["both"]), "--gpus", "0"]) == 0
+    text = capsys.readouterr().out
+    assert "assumed without a measurement" in text
+    for shown in (text, Path("recipe.yaml").read_text().replace("\n# ", " ")):
+        assert "No measurement: the trial ended after 20 s with less than two steps" in shown
+
+
 def test_a_failed_start_of_gpdit_auto_leaves_nothing_and_is_refused_before_the_trial(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -109,7 +109,10 @@ def test_data_with_few_tokens_bound_the_size() -> None:
     tokens = 50_000 * (7 + 12) * 12 * 20
     assert choice.data.tokens == tokens
     assert choice.parameters <= tokens
-    assert choice.larger_size == "L has 302M parameters, more than the data have tokens (228M)"
+    assert choice.larger_size == (
+        "L (`plan --size L`: layers 24, width 1024, mlp_width 4096, heads 16) has 302M parameters, more than the data "
+        "have tokens (228M)"
+    )
 
 
 def test_a_measured_speed_replaces_the_expected_one() -> None:
