@@ -1,5 +1,6 @@
 """Codecs by autoencoders of diffusers, which are loaded from a folder or the hub: safetensors, nothing pickled."""
 
+import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -10,6 +11,8 @@ from torch import Tensor
 from gpdit_lightning.codecs.base import Codec, fingerprint_of
 from gpdit_lightning.codecs.diffusers_folders import FILES, load_folder
 from gpdit_lightning.errors import InputError, message_line
+
+log = logging.getLogger(__name__)
 
 HUB_TIMEOUT = 10.0  # seconds
 
@@ -78,7 +81,7 @@ def load_autoencoder(class_name: str, description: str, source: str) -> Any:
     if not Path(source).expanduser().is_dir():
         if Path(source).expanduser().is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
             raise InputError(f"{description} folder {source} does not exist: give an existing folder or a hub name.")
-        folder, reason = _hub_folder(source)
+        folder, reason = _hub_folder(description, source)
     autoencoder = None
     if folder is not None:
         autoencoder, reason = load_folder(class_name, folder)
@@ -90,7 +93,7 @@ def load_autoencoder(class_name: str, description: str, source: str) -> Any:
     return autoencoder
 
 
-def _hub_folder(source: str) -> tuple[Path | None, str]:
+def _hub_folder(description: str, source: str) -> tuple[Path | None, str]:
     """Return the folder of an autoencoder in the local cache of the hub, downloaded if necessary; or None and why not.
 
     The hub is requested once before the download, because without a network each request of the download is repeated
@@ -100,6 +103,7 @@ def _hub_folder(source: str) -> tuple[Path | None, str]:
 
     with suppress(OSError, ValueError):  # it is not in the local cache
         return Path(snapshot_download(source, allow_patterns=[*FILES], local_files_only=True)), ""
+    log.info("loading %s from the hub (%s), since it is not in the local cache", description, source)
     try:
         HfApi().model_info(source, timeout=HUB_TIMEOUT)
         return Path(snapshot_download(source, allow_patterns=[*FILES])), ""

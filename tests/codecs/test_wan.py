@@ -1,3 +1,4 @@
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,12 +129,19 @@ def test_a_missing_or_empty_folder_is_reported(tmp_path: Path) -> None:
         load_codec("wan", str(tmp_path))
 
 
-def test_an_unreachable_hub_is_reported_at_once_with_both_cures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The download is not attempted: without a network each of its requests is repeated for half a minute."""
+def test_an_unreachable_hub_is_reported_at_once_with_both_cures(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The download is not attempted: without a network each of its requests is repeated for half a minute.
+
+    The request, which may take long too, is announced.
+    """
     diffusers, hub = pytest.importorskip("diffusers"), pytest.importorskip("huggingface_hub")
+    caplog.set_level(logging.INFO, "gpdit_lightning")
 
     def unreachable(*args: Any, timeout: float, **_: Any) -> None:
         assert timeout <= 10
+        assert "loading the WanVAE from the hub (owner/model), since it is not in the local cache" in caplog.messages
         raise ConnectionError("We couldn't connect\nto the hub")
 
     def from_pretrained(*args: Any, use_safetensors: bool, local_files_only: bool, **_: Any) -> None:
