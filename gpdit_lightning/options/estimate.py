@@ -62,8 +62,6 @@ class EstimateOptions(RecipeOptions, HardwareOptions, SizeOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, gpus=1, gpus_per_node=1)
-        if not self.gpu_memory > 0:
-            raise InputError(f"--gpu_memory is {self.gpu_memory}: give a number of GiB above 0.")
         if any(number < 1 for number in self.scaling):
             raise InputError(f"--scaling is {list(self.scaling)}: give numbers of GPUs of at least 1.")
         if self.measure and self.tflops is not None:
@@ -72,5 +70,5 @@ class EstimateOptions(RecipeOptions, HardwareOptions, SizeOptions):
             check_has_effect(self, "with --measure", "gpu", "mfu")
         if self.tflops is not None:
             check_has_effect(self, "with --tflops", "mfu")
-        # Far below these, times are infinite.
-        check_between(self, mfu=(1e-6, 1), tflops=(1e-6, 1e9), network=(1e-6, 1e9))
+        # Far beyond these, times and numbers of bytes are infinite.
+        check_between(self, gpu_memory=(1e-6, 1e9), mfu=(1e-6, 1), tflops=(1e-6, 1e9), network=(1e-6, 1e9))

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gpdit_lightning.errors import InputError
-from gpdit_lightning.options.shared import OptionRecord, check_at_least, check_has_effect, check_is_utf8
+from gpdit_lightning.options.shared import OptionRecord, check_at_least, check_between, check_has_effect, check_is_utf8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,5 @@ class PlanOptions(PlannedMachineOptions):
             check_has_effect(self, "with --gpus 0", "gpu", "gpu_memory")
         for name in ("data_dir", "out", "run_dir"):
             check_is_utf8(self, name, "rename it, since the recipe records it")
-        for name in ("hours", "gpu_memory", "host_memory"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"--{name} is {value}: give a number above 0.")
+        # Far beyond these, numbers of steps and bytes are infinite.
+        check_between(self, hours=(1e-6, 1e9), gpu_memory=(1e-6, 1e9), host_memory=(1e-6, 1e9))

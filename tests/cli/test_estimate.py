@@ -262,6 +262,7 @@ def test_the_codec_determines_the_latent_frames_that_are_assumed(
         (["--tflops=1e-320"], "--tflops is 1e-320: give a number from 1e-06 to 1e+09"),
         (["--gpus=0"], "--gpus is 0: give at least 1"),
         (["--gpu_memory=0"], "--gpu_memory is 0.0"),
+        (["--gpu_memory=1e308"], "--gpu_memory is 1e+308: give a number from 1e-06 to 1e+09"),
         (["--video_sizes", "100x100"], "multiples of 16 pixels"),
         (["--sequence_sizes", "64x64"], "--sequence_sizes has no effect, since the recipe uses no sequences"),
         (["--trainer.strategy=fsdp"], "trainer.strategy is fsdp"),

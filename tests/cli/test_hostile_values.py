@@ -103,6 +103,7 @@ def test_empty_paths_are_refused(verb: str, name: str, tmp_path: Path) -> None:
         ("plan", ["--data_dir=[]"], "--data_dir is an empty list"),
         ("plan", ["--data_dir=a", "--out=\udcff.yaml"], "--out is .*, which is not UTF-8"),
         ("plan", ["--data_dir", "a", "\udcff"], "--data_dir is .*, which is not UTF-8"),
+        ("plan", ["--data_dir=a", "--host_memory=1e308"], "--host_memory is 1e.308: give a number from 1e-06 to 1e.09"),
         ("plan", ["--data_dir=a", "--run_dir=\udcff"], "--run_dir is .*, which is not UTF-8"),
     ],
 )
