@@ -91,8 +91,9 @@ def reason_and_cure(path: Path, wanted: Kind, cure: str) -> str:
         reason = "since it is a folder of such folders" if wanted != "recipe" else f"since it is {found.noun}"
         if len(inside) == 1:
             return f"{reason}: give {inside[0]}"
-        if wanted == "data" and len(inside) <= MAX_LISTED:
-            return f"{reason}: give some of those in it: {' '.join(map(str, inside))}"
+        if len(inside) <= MAX_LISTED:
+            how_many = "some" if wanted == "data" else "one"
+            return f"{reason}: give {how_many} of those in it: {' '.join(map(str, inside))}"
         return f"{reason}: give one of the {len(inside)} in it, such as {inside[0]}"
     reason = f"since it is {found.noun}"
     if found.kind != "media" and (near := _above(path, wanted)):

@@ -40,7 +40,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("path", "wanted", "expected"),
     [
-        ("runs", "checkpoint", "a folder of such folders: give one of the 2 in it, such as runs/a"),
+        ("runs", "checkpoint", "a folder of such folders: give one of those in it: runs/a runs/b"),
         ("runs/b", "checkpoint", "a run folder without one: CURE"),
         ("runs/a/checkpoints", "checkpoint", "a folder: give runs/a"),
         ("runs/a/config.yaml", "checkpoint", "a recipe: give runs/a"),

@@ -316,17 +316,17 @@ class LatentDataModule(LightningDataModule):
         buckets: dict[str, list[Bucket]] = {}
         for name in self.configs:
             shards, shorter, cut = defaultdict(list), 0, 0
+            most = max(self.configs[name].frames, self.configs[name].least_frames)
             for manifest in self.manifests[name]:
                 for entry in manifest.of_split(split):
                     if entry.kind == KINDS[name]:
                         frames, _, height, width = entry.shape
                         lengths = self.configs[name].clip_lengths(name, frames, self.block_frames)
                         shards[lengths, height, width].append((manifest, entry))
-                        shorter += entry.count if frames < self.configs[name].shortest else 0
+                        shorter += entry.count if frames < most else 0
                         cut += entry.count if lengths[-1] < min(frames, self.configs[name].frames or frames) else 0
             if shorter and split == "train":
-                least = self.configs[name].shortest
-                log.info("%d samples of data.%s have fewer than %d latent frames: all are used", shorter, name, least)
+                log.info("%d samples of data.%s have fewer than %d latent frames: all are used", shorter, name, most)
             if cut and split == "train":
                 log.info("%d samples of data.%s are cut to whole blocks of the backbone", cut, name)
             if shards:

@@ -116,6 +116,13 @@ class GPDiTPipeline:
         self._set_precision()
         return self
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{height}x{width}" for height, width in self.sizes)
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return (
+            f"GPDiTPipeline({parameters:,} parameters, step {self.trained.step}, videos of {sizes}, on {self.device})"
+        )
+
     def _set_precision(self) -> None:
         """Choose the data type of matrix products on the present device, and round the weights to it once."""
         if self._autocast_dtype is None:

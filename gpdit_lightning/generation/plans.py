@@ -282,6 +282,11 @@ def rollout_window(
         InputError: window or sinks do not consist of blocks of the model, or without a cache the window is too short.
     """
     layout, frames = layout_of(trained, codec), num_latent_frames(codec, 0, longest)
+    if trained.geometry.frames == 1 and frames > 1:
+        log.warning(
+            "warning: the model was trained on single frames, and does not continue videos: give one that was trained "
+            "on videos, such as that of a later stage"
+        )
     window, sinks = block_window(layout, trained.geometry.frames, frames, options.window, options.sinks)
     if window is None:
         return None, sinks

@@ -29,7 +29,7 @@ class StreamedFrames:
     frames: list[Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GeneratedClip:
     """A generated video.
 
@@ -45,8 +45,13 @@ class GeneratedClip:
     latents: Tensor
     context_latents: Tensor
 
+    def __repr__(self) -> str:
+        frames, _, height, width = self.pixels.shape
+        given = len(self.clip.context.pixels)
+        return f"<{frames} frames of {height}x{width} after {given} given ones, seed {self.clip.seed}>"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class PipelineOutput:
     """The result of a call of :class:`GPDiTPipeline`.
 
@@ -60,6 +65,9 @@ class PipelineOutput:
     frames: list[Any]
     videos: Sequence[GeneratedClip]
     temporal_factor: int
+
+    def __repr__(self) -> str:
+        return f"PipelineOutput({', '.join(map(repr, self.videos))})"
 
     @property
     def frame_rates(self) -> list[float]:

@@ -80,13 +80,19 @@ def test_a_video_is_continued_in_the_browser(client: Client, tmp_path: Path) -> 
 
         await page.resize(390, 844)
         assert not await page.js(OVERFLOWS)
+        settings_open = "document.querySelector('#settings details').open"
+        await page.fill(steps=0)
+        assert not await page.js(settings_open)
+        await page.click("#generate")  # shows the invalid value
+        await page.until(settings_open)
         await page.fill(seconds=30, steps=100)
         await page.click("#generate")
         await page.until("/^Generated .* left/.test(document.getElementById('message').textContent)")
         assert 0 < await page.js(GENERATED) < 360
-        await page.click("#stop")
-        await page.until("document.getElementById('message').textContent.startsWith('Stopped after')")
         assert await page.js("document.querySelector('[name=seed]').value") == "1"
+        await page.fill(seed=5)  # of the next video
+        await page.click("#stop")
+        await page.until("/^Stopped after .*, with seed 1.$/.test(document.getElementById('message').textContent)")
 
         await page.click("#other")
         await page.fill(seconds=0.5, steps=2)

@@ -55,6 +55,9 @@ def test_a_call_is_bit_equal_to_sample(workspace: Path, tmp_path: Path, pipeline
         label_guidance=2.0, window=3, sinks=1, output_type="latent",
     )  # fmt: skip
     assert output.frame_rates == [8.0, 8.0]
+    clips = ", ".join(f"<6 frames of 32x32 after 5 given ones, seed {seed}>" for seed in (3, 4))
+    assert repr(output) == f"PipelineOutput({clips})"
+    assert repr(pipeline).endswith(f" parameters, step {pipeline.trained.step}, videos of 32x32, on cpu)")
     files = output.save(tmp_path / "pipeline")
     assert [path.name for path in files] == ["1-seed3.mp4", "1-seed3.png", "1-seed4.mp4", "1-seed4.png"]
     for path in files:

@@ -189,6 +189,24 @@ def test_window_longer_than_in_training_causes_a_warning(
         assert ("up to 5 others (--window and --sinks), but in training to at most 4" in messages.text) == warns
 
 
+def test_a_model_of_single_frames_that_is_to_continue_a_video_is_named(
+    workspace: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    trained = load_trained_model(workspace / "of2")
+    trained.backbone.facts = replace(trained.backbone.facts, geometry=replace(trained.geometry, frames=1))
+    trained.backbone.save_pretrained(tmp_path / "images")
+    for frames, context, warns in (("4", str(workspace / VIDEO), True), ("1", None, False)):
+        messages.clear()
+        options = ["--size=32x32", "--label=run"] if context is None else []
+        assert (
+            sample(
+                workspace, tmp_path / "out", f"--frames={frames}", *options, context=context, model=tmp_path / "images"
+            )
+            == 0
+        )
+        assert ("trained on single frames" in messages.text) == warns
+
+
 def test_label_is_given_by_name_by_number_or_by_the_shard(workspace: Path, tmp_path: Path) -> None:
     shard = tar_of(workspace / "latents")
     with tarfile.open(shard) as file:

@@ -274,7 +274,7 @@ def test_different_whitening_constants_are_rejected(tmp_path: Path, write_shards
         LatentDataModule(videos=source(first, second))
 
 
-@pytest.mark.parametrize("least_frames", [0, 4])
+@pytest.mark.parametrize("least_frames", [0, 3, 4])
 def test_samples_shorter_than_the_recipe_takes_are_used_in_full(
     tiny_shards: Path, caplog: pytest.LogCaptureFixture, least_frames: int
 ) -> None:

@@ -17,7 +17,7 @@ const SAMPLER_HINTS = {
 let model; // the answer of /api/model
 let waiting; // the file that was given before that answer
 let source = null; // null, "noise", or the answer to an upload, {id, fps, duration, images}, with {file, start}
-let job = null; // {id, stream, total} while a video is generated
+let job = null; // {id, stream, seed, total} while a video is generated
 
 // ---------------------------------------------------------------- small helpers
 
@@ -216,8 +216,9 @@ async function generate() {
   }
   setBusy(true);
   try {
-    const { id } = await post("api/videos", settings());
-    job = { id, stream: new EventSource(`api/videos/${id}/events`) };
+    const content = settings();
+    const { id } = await post("api/videos", content);
+    job = { id, stream: new EventSource(`api/videos/${id}/events`), seed: content.seed };
     listen(job);
     show({ stop: true, generate: false, results: false, remark: false });
     element("stop").disabled = false;
@@ -263,7 +264,7 @@ function listen({ id, stream }) {
     element("download").href = `api/videos/${id}.mp4`;
     const name = source === "noise" ? "generated" : `${source.file.name.replace(/\.[^.]*$/, "")}-continued`;
     element("download").download = `${name}.mp4`;
-    finish(stopped ? `Stopped after ${count}.` : `Generated ${count} in ${duration(seconds)}, with seed ${field("seed").value}.`);
+    finish(`${stopped ? `Stopped after ${count}` : `Generated ${count} in ${duration(seconds)}`}, with seed ${job.seed}.`);
   });
   on("failed", ({ message }) => finish(message, true));
   stream.onerror = () => {
@@ -305,6 +306,8 @@ function connect() {
   element("play").addEventListener("click", () => player.setPlaying(!player.playing));
   element("position").addEventListener("input", (event) => player.seek(Number(event.target.value)));
   form.addEventListener("input", refreshForm);
+  // A browser shows no message at an invalid field of a section that is closed.
+  form.addEventListener("invalid", ({ target }) => target.closest("details")?.setAttribute("open", ""), true);
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     generate();
