@@ -142,6 +142,13 @@ def test_a_reader_refuses_what_is_no_regular_file(reader: str, tmp_path: Path, m
         assert path.name in error or path.parent.name in error or "link" in kind, f"{kind}: {error}"
 
 
+def test_a_recipe_in_a_run_folder_that_is_larger_than_a_text_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    os.truncate(tmp_path / "config.yaml", 2**40)  # without blocks on the disk
+    with pytest.raises(InputError, match=r"config.yaml has 1099511627776 bytes, more than the .*: replace it"):
+        RunFolderFiles(tmp_path)
+
+
 def test_a_write_replaces_no_pipe_and_no_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Renaming a file to /dev/null would replace it for all programs."""
     monkeypatch.chdir(tmp_path)  # the path of a socket is short

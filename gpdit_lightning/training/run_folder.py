@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from gpdit_lightning import path_kinds
 from gpdit_lightning.checkpoints.files import CHECKPOINTS
-from gpdit_lightning.files import BoundedReader, atomic_write
+from gpdit_lightning.files import BoundedReader, atomic_write, read_bounded
 from gpdit_lightning.training.internals import event_writer
 from gpdit_lightning.training.loggers import files_in_run_folder, order_event_files
 
@@ -24,6 +24,10 @@ class RunFolderFiles:
     Args:
         run_dir: the run folder, which may not exist.
 
+    Raises:
+        InputError: the recipe in it, or a log, is not a regular file, or the recipe is larger than a text.
+        OSError: one of them cannot be read.
+
     Attributes:
         step: the optimizer step from which the run resumes; 0 for a new run, or as long as it is unknown.
     """
@@ -33,7 +37,9 @@ class RunFolderFiles:
         self._missing_folders = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
         self._existing = set(self._paths())
         self._contents = {
-            path: BoundedReader(path).read() for path in self._existing if path.name == RECIPE or path.suffix == ".csv"
+            path: read_bounded(path) if path.name == RECIPE else BoundedReader(path).read()
+            for path in self._existing
+            if path.name == RECIPE or path.suffix == ".csv"
         }
 
     def order_event_files(self) -> None:
