@@ -16,6 +16,7 @@ PREFIX = "the recipe or the command line cannot be used: "
 # Other names of options in this field.
 SYNONYMS = {"depth": "layers", "dim": "width", "epochs": "max_steps", "hidden_size": "width", "iterations": "max_steps"}
 NAMES_WITH_VALUES = "names with values, such as {width: 8}"
+LARGEST_EXACT = 2**53  # a float is a rounded number above
 EMPTY = "empty: give a value, or leave the option out"  # of a path
 # Nested lines of jsonargparse's reasons, which explain what a class path is.
 EXPECTED = r"Expected an? (.*?)(?:\. Got value: .*)?$|Not a valid (subclass of \w+)"
@@ -161,13 +162,24 @@ def relevant_part(message: str) -> str:
         unquoted = f"'{value[1]}'" in message and "value type: <class 'str'>" not in message
         as_list = f", such as \"['{value[1]}']\"" if kinds == ["a list"] and value[1][:1] not in "[{" else ""
         quoted = ", in quotes" if unquoted else ""
-        return f"{key[1]} is {value[1] or 'empty'}; it must be {' or '.join(kinds)}{as_list}{quoted}."
+        digits = digits_of(value[1]) if "a whole number" in kinds else ""
+        cure = f": write {digits}" if digits else ""
+        return f"{key[1]} is {value[1] or 'empty'}; it must be {' or '.join(kinds)}{as_list}{quoted}{cure}."
     required = re.fullmatch(r"the following arguments are required: ([\w., -]+)", message)
     if required:
         names = [f"--{name}" for name in required[1].split(", ")]
         return f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'} missing: see --help."
     sentence = " ".join((relevant[0] if relevant else message).split("Given value")[0].split())
     return sentence.replace(PREFIX, "")
+
+
+def digits_of(value: str) -> str:
+    """Return the digits of a whole number that is written with a point or an exponent, as 1e4; empty for others."""
+    try:
+        number = float(value.strip("'"))
+    except ValueError:
+        return ""
+    return str(int(number)) if number.is_integer() and abs(number) < LARGEST_EXACT else ""
 
 
 def type_in_words(kind: str) -> str:
