@@ -3,12 +3,12 @@
 import logging
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint
@@ -174,8 +174,9 @@ def _fit(options: RecipeOptions) -> Trainer:
             files.order_event_files()
         resumed = find_resumed(cli)
         files.step = open_checkpoint(resumed).step if resumed else 0
-        if resumed and trainer.is_global_zero:
-            announce_changes(cli, is_finished=files.step >= trainer.max_steps)
+        if resumed and trainer.is_global_zero:  # compared here, since the training replaces the recipe in the folder
+            changes = changes_of_settings(cli, is_finished=files.step >= trainer.max_steps)
+            trainer.callbacks.append(Announcement(changes))  # type: ignore[attr-defined]
         _train(cli, resumed, files.step)
     if trainer.is_global_zero:
         step, last = trainer.global_step, last_checkpoint(Path(trainer.default_root_dir))
@@ -205,8 +206,28 @@ def _train(cli: RecipeCLI, resumed: Path | None, step: int) -> None:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
 
 
-def announce_changes(cli: RecipeCLI, is_finished: bool) -> None:
-    """Log the settings of a resumed run that differ from those in its folder, such as "data.seed is 1 (it was 0)".
+class Announcement(Callback):
+    """Logs messages on a resumed run at its first step, when its checkpoint was accepted, or at the end without steps.
+
+    Args:
+        messages: levels of logging, and texts.
+    """
+
+    def __init__(self, messages: Iterable[tuple[int, str]]) -> None:
+        self.messages = list(messages)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Log them before the first step."""
+        while self.messages:
+            log.log(*self.messages.pop(0))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log them if no step was left."""
+        self.on_train_batch_start()
+
+
+def changes_of_settings(cli: RecipeCLI, is_finished: bool) -> Iterator[tuple[int, str]]:
+    """Yield messages on settings of a resumed run that differ from its folder's, such as "data.seed is 1 (it was 0)".
 
     A setting that only one of them has, as those of other versions or classes, is left out.
     """
@@ -223,18 +244,21 @@ def announce_changes(cli: RecipeCLI, is_finished: bool) -> None:
     }
     unused = [changes.pop(name) for name in OF_INITIAL_WEIGHTS if name in changes]
     if unused:
-        log.info("the weights are those of the checkpoint, so that these have no effect: %s", "; ".join(unused))
+        yield (
+            logging.INFO,
+            f"the weights are those of the checkpoint, so that these have no effect: {'; '.join(unused)}",
+        )
     texts = list(changes.values())
     if len(texts) > MAX_CHANGES:
         texts[MAX_CHANGES:] = [f"and {len(texts) - MAX_CHANGES} more"]
     if texts and is_finished:
-        log.warning(
-            "warning: changed settings have no effect, since no step is left (%s): "
+        yield (
+            logging.WARNING,
+            f"warning: changed settings have no effect, since no step is left ({'; '.join(texts)}): "
             "raise trainer.max_steps to train on with them, or give another --run_dir",
-            "; ".join(texts),
         )
     elif texts:
-        log.info("the run resumes with changed settings: %s", "; ".join(texts))
+        yield logging.INFO, f"the run resumes with changed settings: {'; '.join(texts)}"
 
 
 def validate(options: RecipeOptions) -> Trainer:

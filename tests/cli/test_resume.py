@@ -239,12 +239,19 @@ def test_another_data_order_is_refused(
     assert "initial_weights" in message
 
 
-def test_another_architecture_is_refused(
-    uninterrupted: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("steps", [STEPS, STEPS + 1])
+def test_another_architecture_is_refused_before_changes_are_announced(
+    steps: int,
+    uninterrupted: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    messages: pytest.LogCaptureFixture,
 ) -> None:
-    settings = recipe(tiny_shards, uninterrupted)
-    assert fit(tmp_path / "recipe.yaml", settings, "--model.init_args.backbone.width=48") == 2
+    settings, changes = recipe(tiny_shards, uninterrupted), ["--model.init_args.backbone.width=48"]
+    assert fit(tmp_path / "recipe.yaml", settings, f"--trainer.max_steps={steps}", *changes) == 2
     assert "width = 24" in capsys.readouterr().err
+    assert "changed settings" not in messages.text
 
 
 def test_initial_weights_are_the_average(uninterrupted: Path, tiny_shards: Path, tmp_path: Path) -> None:
