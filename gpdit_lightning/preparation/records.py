@@ -6,7 +6,8 @@ between, the complete shards of the part record its progress. The records are in
 manifest:
 
     options.json             options and codec that determine the shards
-    part-00000.sources.jsonl input files of a part, in order; then the number of the part and a hash of these lines
+    part-00000.sources.jsonl input files of a part, in order; then the number of the part, a hash of these lines, and
+                             that of the options, as in options.json
     part-00000.json          result of a part
 
 Every file has a hash of its content; those of earlier versions have none. A list that is damaged, missing or that of
@@ -142,7 +143,7 @@ class Records:
         while batch := list(islice(remaining, size)):
             with atomic_write(self._files_path(number)) as temporary, temporary.open("w", encoding="utf-8") as output:
                 lines = "".join(RecordedFile.from_input_file(file).to_json() + "\n" for file in batch)
-                end = {"part": number, "files": len(batch), "sha256": hashlib.sha256(lines.encode()).hexdigest()}
+                end = _end_of_list(number, lines.encode()) | {"options": self._recorded_settings().get(CONTENT_HASH)}
                 output.write(f"{lines}{json.dumps(end)}\n")
             number += 1
 
@@ -153,7 +154,9 @@ class Records:
         end = parse_json(lines[-1], f"{path} line {len(lines)}", COPY_AGAIN) if lines else None
         if isinstance(end, dict) and "sha256" in end:
             lines.pop()
-            actual = {"part": part, "files": len(lines), "sha256": hashlib.sha256(b"".join(lines)).hexdigest()}
+            actual = _end_of_list(part, b"".join(lines))
+            if "options" in end:  # lists of earlier versions have none
+                actual["options"] = self._recorded_settings().get(CONTENT_HASH)
             if end != actual:
                 raise InputError(f"{path} was damaged or edited (it has {actual} and records {end}): {COPY_AGAIN}.")
         elif self._has_hashes or not lines:
@@ -277,6 +280,10 @@ class Records:
 
     def _result_path(self, part: int) -> Path:
         return self.folder / f"part-{part:05d}.json"
+
+
+def _end_of_list(part: int, lines: bytes) -> dict[str, Any]:
+    return {"part": part, "files": lines.count(b"\n"), "sha256": hashlib.sha256(lines).hexdigest()}
 
 
 def _with_hash(content: dict[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,11 @@ def tar(folder: Path, number: int = 0) -> Path:
     return sorted(folder.glob("*.tar"))[number]
 
 
+def end_of_another_preparation(lines: list[bytes]) -> list[bytes]:
+    """Return the lines of a list with the same files that belongs to other options."""
+    return [*lines[:-1], json.dumps(json.loads(lines[-1]) | {"options": "0" * 64}).encode() + b"\n"]
+
+
 def swap_shards(folder: Path) -> None:
     swap(tar(folder), tar(folder, 1))
     swap(index_path(tar(folder)), index_path(tar(folder, 1)))
@@ -70,6 +75,7 @@ ATTACKS: dict[str, tuple[Attack, str | None]] = {
     "list without its last lines": (change_lines(lambda lines: lines[:-2]), "lacks its last line"),
     "list without its first line": (change_lines(lambda lines: lines[1:]), "was damaged or edited"),
     "a line twice": (change_lines(lambda lines: lines[:1] + lines), "was damaged or edited"),
+    "a list of other options": (change_lines(end_of_another_preparation), "was damaged or edited .* '000000"),
     "a changed bit in a list": (lambda folder: flip(sources(folder)), r"sources\.jsonl"),
     "an empty list": (lambda folder: sources(folder).write_bytes(b""), "lacks its last line"),
     "no list": (lambda folder: sources(folder).unlink(), "is missing, though later parts exist"),
