@@ -10,6 +10,8 @@ from os.path import isdir, isfile  # unlike the methods of `Path`, False after a
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from gpdit_lightning.names import as_text
+
 Kind = Literal["run", "checkpoint", "data", "recipe", "media"]
 Medium = Literal["video", "image"]
 
@@ -84,7 +86,7 @@ def reason_and_cure(path: Path, wanted: Kind, cure: str) -> str:
         cure: for a path of which nothing better is known.
     """
     if not os.path.exists(path):  # unlike `Path.exists`, False for a name that is too long
-        return f"since it does not exist: {cure}"
+        return f"since it {does_not_exist(path)}: {cure}"
     found = found_at(path)
     inside = _inside(path, wanted) if isdir(path) and path.name != CHECKPOINTS else []
     if inside:
@@ -104,6 +106,21 @@ def reason_and_cure(path: Path, wanted: Kind, cure: str) -> str:
     if wanted == "checkpoint" and found.kind == "run":
         return f"{reason} without one: {cure}"
     return f"{reason}: {cure}{f' ({TAKEN_BY[found.kind]} takes this one)' if found.kind else ''}"
+
+
+def does_not_exist(path: str | Path) -> str:
+    r"""Return the words "does not exist" for a message about a path.
+
+    They name the working directory for a relative path, and the cure for one with the `\` of Windows on another system.
+    """
+    if os.sep != "\\" and "\\" in str(path):
+        return "does not exist (folders are separated by /, not by \\)"
+    if os.path.isabs(path):
+        return "does not exist"
+    try:
+        return f"does not exist in {as_text(os.getcwd())}"
+    except OSError:  # it was removed
+        return "does not exist"
 
 
 def _marked(folder: Path) -> Found | None:

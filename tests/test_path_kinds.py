@@ -2,13 +2,14 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpdit_lightning.cli import main
-from gpdit_lightning.path_kinds import Kind, reason_and_cure
+from gpdit_lightning.path_kinds import Kind, does_not_exist, reason_and_cure
 
 FILES = (
     *("runs/config.yaml", "runs/a/config.yaml", "runs/a/checkpoints/step-1.ckpt/training.ckpt"),
@@ -152,3 +153,12 @@ def test_entries_that_cannot_be_searched_or_are_many_do_not_replace_the_message(
     assert reason_and_cure(Path("latents"), "data", "CURE").endswith("give one of the 302 in it, such as latents/000")
     monkeypatch.setattr(Path, "iterdir", lambda path: os.scandir(f"{path}/nothing"))
     assert reason_and_cure(Path("latents"), "data", "CURE") == "since it is a folder that cannot be read: CURE"
+
+
+def test_a_path_that_does_not_exist_names_the_folder_of_the_search_or_its_backslashes(work: Path) -> None:
+    assert does_not_exist("videos/2.mp4") == f"does not exist in {work}"
+    assert does_not_exist(work / "2.mp4") == "does not exist"
+    assert does_not_exist(r"videos\1.mp4") == r"does not exist (folders are separated by /, not by \)"
+    assert reason_and_cure(Path("runs/c"), "run", "CURE") == f"since it does not exist in {work}: CURE"
+    shutil.rmtree(work)
+    assert does_not_exist("videos/2.mp4") == "does not exist"

@@ -12,6 +12,7 @@ from gpdit_lightning.cli.bounded_yaml import load_yaml, read_text
 from gpdit_lightning.data.source import KINDS
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.names import check_local
+from gpdit_lightning.path_kinds import does_not_exist
 
 SHIPPED = "gpdit:"  # `gpdit:stage2_mixed` is the shipped recipe stage2_mixed.yaml
 AUTO = "gpdit:auto"  # a recipe that `fit` plans for its data
@@ -156,7 +157,9 @@ def read_yaml(path: Path, needed_by: Path | None = None) -> dict[str, Any]:
     except OSError as error:
         source = f" (the base of {needed_by})" if needed_by else ""
         cure = "give the path of a recipe, or gpdit: and the name of a shipped one"
-        raise InputError(f"{path}{source} cannot be read ({error.strerror}): {cure}.") from None
+        is_missing = isinstance(error, FileNotFoundError)
+        problem = does_not_exist(path) if is_missing else f"cannot be read ({error.strerror})"
+        raise InputError(f"{path}{source} {problem}: {cure}.") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML ({' '.join(str(error).split())}): correct it.") from None
     if not isinstance(content, dict):

@@ -26,7 +26,7 @@ from gpdit_lightning.media.images import Size, closest_size, resize_and_crop, wr
 from gpdit_lightning.media.video import natural_sort_key
 from gpdit_lightning.names import MAX_NAME_BYTES, as_text, counted
 from gpdit_lightning.options.transform import TransformOptions
-from gpdit_lightning.path_kinds import IMAGE_EXTENSIONS
+from gpdit_lightning.path_kinds import IMAGE_EXTENSIONS, does_not_exist
 from gpdit_lightning.preparation.few_shot import find_task
 from gpdit_lightning.preparation.pairs import (
     find_pair_folders,
@@ -197,7 +197,7 @@ def image_paths(source: str) -> list[Path]:
     """
     path = Path(source)
     if not path.exists():
-        raise InputError(f"{source} does not exist: give an image or a folder of images.")
+        raise InputError(f"{source} {does_not_exist(source)}: give an image or a folder of images.")
     if not path.is_dir():
         return [path]
     return sorted((image.path for image in images_in(path, recursive=False)), key=natural_sort_key)

@@ -11,6 +11,7 @@ from torch import Tensor
 from gpdit_lightning.codecs.base import Codec, fingerprint_of
 from gpdit_lightning.codecs.diffusers_folders import FILES, load_folder
 from gpdit_lightning.errors import InputError, message_line
+from gpdit_lightning.path_kinds import does_not_exist
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,9 @@ def load_autoencoder(class_name: str, description: str, source: str) -> Any:
     reason = ""
     if not Path(source).expanduser().is_dir():
         if Path(source).expanduser().is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-            raise InputError(f"{description} folder {source} does not exist: give an existing folder or a hub name.")
+            raise InputError(
+                f"{description} folder {source} {does_not_exist(source)}: give an existing folder or a hub name."
+            )
         folder, reason = _hub_folder(description, source)
     autoencoder = None
     if folder is not None:

@@ -31,7 +31,7 @@ from gpdit_lightning.media.timing import fps_of_clip, uneven_intervals
 from gpdit_lightning.media.video import natural_sort_key
 from gpdit_lightning.model.layout import NO_CONTEXT
 from gpdit_lightning.names import counted
-from gpdit_lightning.path_kinds import reason_and_cure
+from gpdit_lightning.path_kinds import does_not_exist, reason_and_cure
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _readers_of(
         reader = open_once(Path(shard))
         return [partial(read_sample, reader, sample_number(sample, reader), settings, codec)]
     if not os.path.exists(path):  # unlike `Path.exists`, False for a name that is too long
-        raise InputError(f"{source} does not exist: give a video, an image, a folder of either, or a shard.")
+        raise InputError(f"{source} {does_not_exist(source)}: give a video, an image, a folder of either, or a shard.")
     if path.suffix == SHARD_EXTENSION:
         reader = open_once(path)
         return [partial(read_sample, reader, number, settings, codec) for number in range(len(reader))]

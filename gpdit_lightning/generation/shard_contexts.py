@@ -13,6 +13,7 @@ from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.contexts import ContextSettings, VideoContext, name_for_files
 from gpdit_lightning.names import number_in
+from gpdit_lightning.path_kinds import does_not_exist
 
 SHARD_EXTENSION = ".tar"
 MANIFEST_SEARCH_DEPTH = 3  # a shard's manifest is searched for in its folder and the two above
@@ -21,7 +22,7 @@ MANIFEST_SEARCH_DEPTH = 3  # a shard's manifest is searched for in its folder an
 def open_shard(path: Path, settings: ContextSettings, codec: Codec) -> ShardReader:
     """Open a shard, and check that its samples match the codec and the training clips."""
     if not os.path.isfile(path):  # unlike `Path.is_file`, False for a name that is too long
-        raise InputError(f"{path} does not exist: give the path of a shard of latents.")
+        raise InputError(f"{path} {does_not_exist(path)}: give the path of a shard of latents.")
     manifest, reader = _find_in_manifest(path)
     manifest.codec.check_same(
         codec.spec(), f"the latents of {manifest.path}", f"the checkpoint's codec from {codec.source or 'the package'}"

@@ -17,7 +17,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import check_regular
 from gpdit_lightning.media.image_headers import check_png_texts
 from gpdit_lightning.media.mp4_headers import check_mp4_header
-from gpdit_lightning.path_kinds import SEARCHED_EXTENSIONS, VIDEO_EXTENSIONS
+from gpdit_lightning.path_kinds import SEARCHED_EXTENSIONS, VIDEO_EXTENSIONS, does_not_exist
 from gpdit_lightning.retries import transient_error
 from gpdit_lightning.specs import MAX_FRAME_PIXELS
 
@@ -119,7 +119,7 @@ def open_video(path: str | Path) -> Iterator[VideoStream]:
     path, messages = Path(path), list[str]()
     try:
         if not path.exists():
-            raise InputError(f"{path} does not exist: give the path of a video.")
+            raise InputError(f"{path} {does_not_exist(path)}: give the path of a video.")
         check_regular(path, "give the path of a video")
         is_cut = check_mp4_header(path)
         check_png_texts(path)

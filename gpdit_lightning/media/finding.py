@@ -16,7 +16,7 @@ from gpdit_lightning.files import check_regular, read_lines
 from gpdit_lightning.media.containers import MIME_TYPES, is_video
 from gpdit_lightning.media.images import IMAGE_FORMATS
 from gpdit_lightning.names import as_text, from_text
-from gpdit_lightning.path_kinds import EXTENSIONS, NOUNS, Medium, found_at, reason_and_cure
+from gpdit_lightning.path_kinds import EXTENSIONS, NOUNS, Medium, does_not_exist, found_at, reason_and_cure
 from gpdit_lightning.retries import retried, transient_error
 
 # Extensions of files that often accompany videos and images. These files are counted, but not opened.
@@ -287,7 +287,7 @@ def read_file_list(path: Path) -> list[FoundFile]:
             files.append(FoundFile(file, as_text(name)))
         elif line.strip() and not line.startswith("#"):
             file = path.parent / line.strip()
-            problem = "is not a regular file" if file.exists() else "does not exist"
+            problem = "is not a regular file" if file.exists() else does_not_exist(file)
             raise InputError(f"the list {path} contains {file} in line {number}, which {problem}: correct that line.")
     if not files:
         raise InputError(f"the list {path} is empty: write one path per line.")
@@ -331,7 +331,7 @@ def find_media(path: Path, medium: Medium) -> Findings:
         return findings
     cure = f"give a folder, a file or a .txt list of {medium}s"
     if not path.exists():
-        raise InputError(f"{path} does not exist: {cure}.")
+        raise InputError(f"{path} {does_not_exist(path)}: {cure}.")
     check_regular(path, cure)
     if is_of_other_kind(path):
         raise InputError(f"{path} is no {medium}, {reason_and_cure(path, 'media', cure)}.")

@@ -13,7 +13,7 @@ from torch import Tensor
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.finding import FoundFile, search_folder
 from gpdit_lightning.media.images import read_image
-from gpdit_lightning.path_kinds import IMAGE_EXTENSIONS
+from gpdit_lightning.path_kinds import IMAGE_EXTENSIONS, does_not_exist
 from gpdit_lightning.preparation.input_files import recording_of
 from gpdit_lightning.progress import progress_bar
 
@@ -156,7 +156,7 @@ def images_in(folder: Path, recursive: bool = True) -> list[FoundFile]:
     """
     extensions = ", ".join(IMAGE_EXTENSIONS)
     if not folder.is_dir():
-        reason = "is not a folder" if folder.exists() else "does not exist"
+        reason = "is not a folder" if folder.exists() else does_not_exist(folder)
         raise InputError(f"{folder} {reason}: give a folder of {extensions} files.")
     findings = search_folder(folder, "image", recursive)
     left_out = findings.describe_left_out()

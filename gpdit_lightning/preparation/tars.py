@@ -32,7 +32,7 @@ from gpdit_lightning.media.finding import FolderSearch, FoundFile, LeftOut
 from gpdit_lightning.media.images import read_image
 from gpdit_lightning.names import MAX_DIGITS, as_text, number_in
 from gpdit_lightning.options.shared import MAX_COUNT
-from gpdit_lightning.path_kinds import SEARCHED_EXTENSIONS
+from gpdit_lightning.path_kinds import SEARCHED_EXTENSIONS, does_not_exist
 from gpdit_lightning.retries import retried, transient_error
 
 # Role of a member in its sample, by extension. Other members are not read.
@@ -95,8 +95,8 @@ def find_tars(pattern: str) -> tuple[list[FoundFile], list[LeftOut]]:
     missing = [path for path in paths if not path.exists()]
     if missing:
         raise InputError(
-            f"{missing[0]} does not exist ({len(missing)} of the {len(paths)} paths of {pattern!r} are missing): "
-            "download it or correct the pattern."
+            f"{missing[0]} {does_not_exist(missing[0])} ({len(missing)} of the {len(paths)} paths of {pattern!r} are "
+            "missing): download it or correct the pattern."
         )
     root = Path(pattern) if Path(pattern).is_dir() else Path(pattern.partition("{")[0] + "*").parent
     tars: list[Path] = []

@@ -15,6 +15,7 @@ from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import check_regular
 from gpdit_lightning.model import GPDiT
+from gpdit_lightning.path_kinds import does_not_exist
 from gpdit_lightning.specs import CodecSpec
 from gpdit_lightning.stages.agreement import check_architecture, check_classes
 from gpdit_lightning.tensor_files import TensorOnDisk
@@ -65,8 +66,8 @@ class InitialWeights:
         check_kind(path)
         if not Path(path).exists():
             raise InputError(
-                f"model.init_args.initial_weights is {path}, which does not exist: train that stage first (`chain` "
-                "trains all stages), or start from random weights with --model.init_args.initial_weights null."
+                f"model.init_args.initial_weights is {path}, which {does_not_exist(path)}: train that stage first "
+                "(`chain` trains all stages), or start from random weights with --model.init_args.initial_weights null."
             )
         weights, folder = open_weights(path)
         check_architecture(weights.config.to_dict(), backbone.config, path)

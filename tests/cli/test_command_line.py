@@ -96,7 +96,7 @@ def backbone(**fields: Any) -> dict[str, Any]:
         ({"data": {"videos": {"frames": -3}}}, ["data.videos.frames is -3"]),
         ({"model": {"init_args": {"optimizer": {"learning_rate": float("inf")}}}}, ["learning_rate is inf"]),
         ({"base": 3}, ["the `base` of", "is 3"]),
-        ({"base": "nowhere.yaml"}, ["nowhere.yaml (the base of", "cannot be read"]),
+        ({"base": "nowhere.yaml"}, ["nowhere.yaml (the base of", "does not exist"]),
         ({"base": "recipe.yaml"}, ["recipe.yaml is a base of itself"]),
         ({"checkpoint": {"every_steps": 0}}, ["checkpoint.every_steps is 0"]),
         ({"ema": {"decay": 1.5}}, ["ema.decay is 1.5"]),

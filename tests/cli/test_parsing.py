@@ -106,7 +106,7 @@ def test_what_is_printed_is_a_config_of_the_same_options(tmp_path: Path, capsys:
         ([], ["--place is missing"]),
         (["--config"], ["--config has no file"]),
         (["here", "--network.pool", "x", "--network.path", "f"], ["pool is x", "a whole number"]),
-        (["--config", "nowhere.yaml"], ["nowhere.yaml cannot be read"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml does not exist in "]),
         (["--config", "gpdit:stage2_mixd"], ["did you mean gpdit:stage2_mixed"]),
     ],
 )

@@ -89,7 +89,9 @@ def test_prepare_pairs_prints_a_table_and_the_next_command(
     assert main([*shlex.split(command), "--trainer.max_steps", "1"]) == 0
     capsys.readouterr()
     assert main(["prepare-pairs", "--sources", "nowhere", *words]) == 2
-    assert re.fullmatch(r"error: nowhere does not exist: give a folder of \.jpg, .* files\.\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"error: nowhere does not exist in /.*: give a folder of \.jpg, .* files\.\n", capsys.readouterr().err
+    )
 
 
 def test_inspect(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,7 @@ def test_values_of_options_have_the_bounds_of_files(tmp_path: Path, capsys: pyte
 
 def test_a_missing_base_is_named_with_the_recipe_that_needs_it(tmp_path: Path) -> None:
     write(tmp_path, mine="base: gone.yaml")
-    with pytest.raises(InputError, match=r"gone\.yaml \(the base of .*mine\.yaml\) cannot be read"):
+    with pytest.raises(InputError, match=r"gone\.yaml \(the base of .*mine\.yaml\) does not exist"):
         with_bases([f"--config={tmp_path / 'mine.yaml'}"])
 
 
