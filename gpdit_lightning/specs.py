@@ -90,12 +90,12 @@ class LatentGrid:
         Raises:
             InputError: the spatial factor does not divide the height or the width.
         """
-        for side, size in (("height", height), ("width", width)):
-            if size % self.spatial_factor:
-                raise InputError(
-                    f"the {side} {size} of {height}x{width} pixels is not a multiple of {self.spatial_factor}: crop or "
-                    f"resize to {max(1, size // self.spatial_factor) * self.spatial_factor}."
-                )
+        factor = self.spatial_factor
+        if height % factor or width % factor:
+            lower = "x".join(str(max(1, size // factor) * factor) for size in (height, width))
+            raise InputError(
+                f"{height}x{width} pixels are not multiples of {factor} in height and width: crop or resize to {lower}."
+            )
 
 
 @dataclass(frozen=True)

@@ -48,5 +48,7 @@ def test_shapes_of_pixels_and_latents() -> None:
     assert TINY_CODEC.pixel_frames(3) == 9
     with pytest.raises(InputError, match="the number of pixel frames is 8, which is not 1 \\+ 4 k: give 5 or 9"):
         TINY_CODEC.latent_frames(8)
-    with pytest.raises(InputError, match="the width 50 of 48x50 pixels is not a multiple of 8: crop or resize to 48"):
+    with pytest.raises(
+        InputError, match="48x50 pixels are not multiples of 8 in height and width: crop or resize to 48x48"
+    ):
         TINY_CODEC.check_frame_size(48, 50)

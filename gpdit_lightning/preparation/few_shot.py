@@ -18,6 +18,7 @@ from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import check_writable
+from gpdit_lightning.imports import did_you_mean
 from gpdit_lightning.media.image_tasks import EXISTING_PAIRS, TASKS, ImageTask, make_pair
 from gpdit_lightning.media.images import Size, parse_size, read_image, resize_and_crop
 from gpdit_lightning.names import as_text
@@ -126,7 +127,7 @@ def find_task(name: str) -> ImageTask:
     """Return the task of this name; raises InputError if there is none."""
     tasks = {EXISTING_PAIRS.name: EXISTING_PAIRS} | TASKS
     if name not in tasks:
-        raise InputError(f"there is no task {name!r}: give one of {', '.join(tasks)}.")
+        raise InputError(f"there is no task {name!r}{did_you_mean(name, tasks)}: give one of {', '.join(tasks)}.")
     return tasks[name]
 
 

@@ -363,8 +363,9 @@ def test_invalid_input_is_refused_in_one_sentence_and_writes_nothing(
 
 
 def test_unknown_task_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(workspace, "--source", workspace / "sources", "--task=depth") == 2
-    assert "there is no task 'depth': give one of pairs, grayscale, " in capsys.readouterr().err
+    assert run(workspace, "--source", workspace / "sources", "--task=greyscale") == 2
+    message = "there is no task 'greyscale' (did you mean 'grayscale'?): give one of pairs, grayscale, "
+    assert message in capsys.readouterr().err
 
 
 def test_python_example_of_the_documentation_runs(

@@ -164,7 +164,7 @@ def test_the_default_fit_reproduces_the_shipped_weights(codec: PcaCodec) -> None
             r"the number of pixel frames is 4, which is not 1 \+ 4 k: give 1 or 5",
         ),
         (torch.zeros(1, 0, 3, 16, 16, dtype=torch.uint8), "the number of pixel frames is 0"),
-        (torch.zeros(1, 5, 3, 20, 16, dtype=torch.uint8), "height 20 of 20x16 pixels is not a multiple of 8"),
+        (torch.zeros(1, 5, 3, 20, 16, dtype=torch.uint8), "20x16 pixels are not multiples of 8 in height and width"),
         (torch.zeros(1, 5, 3, 16, 12, dtype=torch.uint8), "width 12"),
         (torch.zeros(1, 5, 3, 16, 16), "torch.float32"),
         (torch.zeros(5, 3, 16, 16, dtype=torch.uint8), r"\(5, 3, 16, 16\)"),
