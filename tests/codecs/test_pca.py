@@ -165,7 +165,7 @@ def test_the_default_fit_reproduces_the_shipped_weights(codec: PcaCodec) -> None
         ),
         (torch.zeros(1, 0, 3, 16, 16, dtype=torch.uint8), "the number of pixel frames is 0"),
         (torch.zeros(1, 5, 3, 20, 16, dtype=torch.uint8), "20x16 pixels are not multiples of 8 in height and width"),
-        (torch.zeros(1, 5, 3, 16, 12, dtype=torch.uint8), "width 12"),
+        (torch.zeros(1, 5, 3, 16, 12, dtype=torch.uint8), "16x12 pixels are not multiples of 8"),
         (torch.zeros(1, 5, 3, 16, 16), "torch.float32"),
         (torch.zeros(5, 3, 16, 16, dtype=torch.uint8), r"\(5, 3, 16, 16\)"),
     ],
