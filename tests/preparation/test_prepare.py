@@ -362,7 +362,7 @@ def test_invalid_options_are_refused(options: PrepareOptions, tmp_path: Path) ->
         ({"clip_frames": 6}, r"--clip_frames is 6, which is not 1 \+ 4 k: give 5 or 9"),
         ({"stride": 0}, "stride is 0"),
         ({"clips_per_video": 0}, "clips_per_video is 0"),
-        ({"video_sizes": ["12x16"]}, "height 12 of 12x16"),
+        ({"video_sizes": ["12x16"]}, "12x16 pixels are not multiples of 8"),
         ({"video_sizes": ["big"]}, "HEIGHTxWIDTH"),
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
         ({"source_pattern": "("}, "not a regular expression"),
