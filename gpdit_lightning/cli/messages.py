@@ -148,7 +148,10 @@ def relevant_part(message: str) -> str:
     key = re.match(r'Parser key "([\w.]+)":', message)
     config = re.search(r"Unable to load config (?:'(.*)'|\"(.*)\")$", message, re.MULTILINE)
     if key and config:
-        reason = "" if "Parser key" in message[key.end() :] else f" ({' '.join(reasons[:1])})"
+        nested = message.find("Parser key", key.end())
+        if nested >= 0 and (config[1] or config[2]).startswith("{"):  # a mapping, of which one value cannot be used
+            return relevant_part(message[nested:].replace("\n    ", "\n  "))
+        reason = "" if nested >= 0 else f" ({' '.join(reasons[:1])})"
         return f"{key[1]} is {config[1] or config[2]}; it must be {NAMES_WITH_VALUES}{reason}."
     if key and EMPTY in message:
         return f"--{key[1]} is {EMPTY}."

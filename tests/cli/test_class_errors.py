@@ -130,6 +130,7 @@ ARGUMENTS = [
     (["--model", HUBER], f"model.init_args.delta is missing: {HUBER} requires it."),
     (["--model", HUBER, "--model.init_args.dleta=1"], f"model.init_args.dleta is not an argument of {HUBER} (did you"),
     (["--model", HUBER, "--model.delta=x"], "model.init_args.delta is x; it must be a number."),
+    (["--trainer={max_steps: 1e4}"], "trainer.max_steps is 10000.0; it must be a whole number: write 10000."),
     (["--model.clas_path", HUBER], "model.init_args.clas_path is not an argument of"),
     (["--model", "MixdStage"], "model 'MixdStage' is not known (did you mean 'MixedStage'?)."),
     (["--model", "recipe_parts.good.Strict"], "Strict' cannot be constructed (ValueError: delta must be positive in "),
