@@ -292,7 +292,7 @@ def test_missing_data_and_recipes_are_reported_before_training(
     assert "prepare-pairs" in capsys.readouterr().err
     (tmp_path / "FewShotStage.yaml").unlink()
     assert main(command) == 2
-    assert "FewShotStage.yaml cannot be read" in capsys.readouterr().err
+    assert "FewShotStage.yaml does not exist" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

@@ -153,7 +153,7 @@ def test_progress_bar_changes_nothing(model: GPDiT, codec: Codec, capsys: pytest
     ("context", "message"),
     [
         (pixels(frames=4), "the number of pixel frames is 4, which is not 1 "),
-        (pixels(height=36), "the height 36"),
+        (pixels(height=36), "36x48 pixels are not multiples of 8"),
         (pixels(height=40), "do not divide into 2x2 patches"),
         (pixels().float(), "convert them"),
     ],
