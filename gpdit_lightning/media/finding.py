@@ -97,6 +97,8 @@ def medium_of(path: Path) -> Medium | None:
         return medium
     if path.suffix.lower() in COMPANIONS:
         return None
+    if path.is_file() and not path.stat().st_size:  # also files of /proc, of which some never end a read
+        return None
     return "image" if is_image(path) else "video" if is_video(path) else None
 
 

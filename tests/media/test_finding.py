@@ -83,6 +83,15 @@ def test_a_file_is_what_it_contains_unless_its_extension_is_known(video: Path) -
     assert [name for _, name in images.files] == ["picture", "thumb.jpg"]
 
 
+def test_an_empty_file_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of /proc are empty by their size, and reading some of them does not end."""
+    for reader in ("is_image", "is_video"):
+        monkeypatch.setattr(finding, reader, lambda path: pytest.fail(f"{path} was opened"))
+    (tmp_path / "empty").touch()
+    assert finding.medium_of(tmp_path / "empty") is None
+    assert [name for name, *_ in search_folder(tmp_path, "video").unusable] == ["empty"]
+
+
 def test_links_are_followed_once_and_circles_end(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = video.parent / "set"
     elsewhere = video.parent / "elsewhere" / "deep"
