@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
 from gpdit_lightning.training.optimizer import (
     OptimizerConfig,
     apply_config,
@@ -280,6 +281,6 @@ def test_ddp_adds_up_gradients_in_the_precision_of_the_option(precision: Any, tm
         expected = value.bfloat16().float() if precision == "bf16" else value
         assert torch.equal(module.weight.grad, expected)
     finally:
-        distributed.destroy_process_group()
+        shut_down_process_group()
     with pytest.raises(InputError, match="gradient_reduction is fp8: choose one of float32, bf16"):
         OptimizerConfig(gradient_reduction="fp8")  # type: ignore[arg-type]

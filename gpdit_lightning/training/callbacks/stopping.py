@@ -181,11 +181,13 @@ def shut_down_process_group() -> None:
 
     A gloo thread that still holds a tensor when Python shuts down aborts the process. The thread ends with the last
     reference to the group. A trainer is part of a reference cycle with such a reference, so garbage is collected here;
-    DeepSpeed keeps other references, so the thread gets 0.1 s to release its tensor. Lightning destroys the group for
-    NCCL only.
+    DeepSpeed keeps other references, so the thread gets 0.1 s to release its tensor. It gets as much before, since
+    DDP's reducer waits for it while it holds Python's lock, which the thread needs to release the result of a
+    communication hook. Lightning destroys the group for NCCL only.
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        time.sleep(0.1)
         gc.collect()
         time.sleep(0.1)
 
