@@ -1,41 +1,33 @@
 """`fit`, `validate` and `test`: train from a recipe, or evaluate; the same command resumes a run from its folder."""
 
-import logging
 import threading
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint
 from gpdit_lightning.cli.auto_recipe import planned_recipe
-from gpdit_lightning.cli.bounded_yaml import load_yaml
 from gpdit_lightning.cli.classification_report import write_classification
 from gpdit_lightning.cli.failures import CURES, SMALLER_TRAINING
 from gpdit_lightning.cli.recipe_cli import RecipeCLI, build_recipe, find_resumed
-from gpdit_lightning.cli.recipe_files import read_yaml
 from gpdit_lightning.errors import InputError, file_of
 from gpdit_lightning.files import process_lock
 from gpdit_lightning.imports import error_summary, import_path
 from gpdit_lightning.options.shared import RecipeOptions
 from gpdit_lightning.progress import messages_above_bars
 from gpdit_lightning.retries import memory_error
-from gpdit_lightning.schema import differences, shown
 from gpdit_lightning.training.callbacks.run_checkpoint import resume_advice
 from gpdit_lightning.training.callbacks.stalls import watch_ranks
 from gpdit_lightning.training.callbacks.stopping import end_ranks_together
 from gpdit_lightning.training.loggers import continue_logs
-from gpdit_lightning.training.run_folder import LOCK, RECIPE, RunFolderFiles, restored_without_a_step
+from gpdit_lightning.training.run_folder import LOCK, RunFolderFiles, restored_without_a_step
 from gpdit_lightning.workers import worker_error
 
-log = logging.getLogger(__name__)
-
-MAX_CHANGES = 20  # settings in a message
-OF_INITIAL_WEIGHTS = ("seed_everything", "model.init_args.initial_weights")  # have no effect after a checkpoint
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")  # packages of Lightning
 
 
@@ -174,9 +166,6 @@ def _fit(options: RecipeOptions) -> Trainer:
             files.order_event_files()
         resumed = find_resumed(cli)
         files.step = open_checkpoint(resumed).step if resumed else 0
-        if resumed and trainer.is_global_zero:  # compared here, since the training replaces the recipe in the folder
-            changes = changes_of_settings(cli, is_finished=files.step >= trainer.max_steps)
-            trainer.callbacks.append(Announcement(changes))  # type: ignore[attr-defined]
         _train(cli, resumed, files.step)
     if trainer.is_global_zero:
         step, last = trainer.global_step, last_checkpoint(Path(trainer.default_root_dir))
@@ -204,61 +193,6 @@ def _train(cli: RecipeCLI, resumed: Path | None, step: int) -> None:
         if trainer.is_global_zero:
             continue_logs(trainer.loggers, step)
         trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
-
-
-class Announcement(Callback):
-    """Logs messages on a resumed run at its first step, when its checkpoint was accepted, or at the end without steps.
-
-    Args:
-        messages: levels of logging, and texts.
-    """
-
-    def __init__(self, messages: Iterable[tuple[int, str]]) -> None:
-        self.messages = list(messages)
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Log them before the first step."""
-        while self.messages:
-            log.log(*self.messages.pop(0))
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log them if no step was left."""
-        self.on_train_batch_start()
-
-
-def changes_of_settings(cli: RecipeCLI, is_finished: bool) -> Iterator[tuple[int, str]]:
-    """Yield messages on settings of a resumed run that differ from its folder's, such as "data.seed is 1 (it was 0)".
-
-    A setting that only one of them has, as those of other versions or classes, is left out.
-    """
-    run_dir = Path(cli.trainer.default_root_dir)
-    try:
-        before = read_yaml(run_dir / RECIPE)
-    except InputError:  # the run folder is a copy without it, or it was edited
-        return
-    absent, left_out = object(), ("run_dir", "runs")  # the same folder may have other names
-    changes = {
-        name: f"{name} is {shown(now)} (it was {shown(then)})"
-        for name, now, then in differences(load_yaml(cli.recipe_text()), before, absent=absent)
-        if absent not in (now, then) and name not in left_out
-    }
-    unused = [changes.pop(name) for name in OF_INITIAL_WEIGHTS if name in changes]
-    if unused:
-        yield (
-            logging.INFO,
-            f"the weights are those of the checkpoint, so that these have no effect: {'; '.join(unused)}",
-        )
-    texts = list(changes.values())
-    if len(texts) > MAX_CHANGES:
-        texts[MAX_CHANGES:] = [f"and {len(texts) - MAX_CHANGES} more"]
-    if texts and is_finished:
-        yield (
-            logging.WARNING,
-            f"warning: changed settings have no effect, since no step is left ({'; '.join(texts)}): "
-            "raise trainer.max_steps to train on with them, or give another --run_dir",
-        )
-    elif texts:
-        yield logging.INFO, f"the run resumes with changed settings: {'; '.join(texts)}"
 
 
 def validate(options: RecipeOptions) -> Trainer:

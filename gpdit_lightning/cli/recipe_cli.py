@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,6 +19,7 @@ from gpdit_lightning.cli.class_errors import check_classes, check_constructors
 from gpdit_lightning.cli.messages import PREFIX, relevant_part
 from gpdit_lightning.cli.outside_code import announce, outside_classes, without_options
 from gpdit_lightning.cli.recipe_files import read_yaml, with_bases, without_earlier_manifests
+from gpdit_lightning.cli.saved_recipe import SaveRecipe
 from gpdit_lightning.cli.trainer_settings import (
     FIXED,
     TrainingParser,
@@ -34,7 +35,6 @@ from gpdit_lightning.cli.trainer_settings import (
 from gpdit_lightning.data.batches import check_ranks
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write
 from gpdit_lightning.imports import import_object
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.stages import GPDiTStage
@@ -47,8 +47,6 @@ from gpdit_lightning.training.callbacks.progress import StepProgress
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from gpdit_lightning.training.callbacks.scores import Scores
 from gpdit_lightning.training.callbacks.stalls import StallWatch
-from gpdit_lightning.training.loggers import log_recipe
-from gpdit_lightning.training.run_folder import RECIPE
 
 log = logging.getLogger(__name__)
 
@@ -85,33 +83,6 @@ RECIPES_OF_OTHER_VERBS = {
     "stages": "a chain of stages: give it to `chain` as the first --config, or give one of its recipes here",
     "arms": "an ablation with several arms: give it to `ablate`",
 }
-
-
-class SaveRecipe(Callback):
-    """Write the resolved recipe to the run folder and the loggers when training starts, with the number of parameters.
-
-    Args:
-        text: the YAML.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write and log; by now the run is restored and checked."""
-        if not trainer.is_global_zero:
-            return
-        with atomic_write(Path(trainer.default_root_dir) / RECIPE) as path:
-            path.write_text(self.text, encoding="utf-8")
-        log_recipe(trainer.loggers, self.text, trainer.global_step)
-        parameters = sum(parameter.numel() for parameter in pl_module.parameters())
-        log.info("%s trains %s parameters", type(pl_module).__name__, f"{parameters:,}")
-        if trainer.world_size > 1:
-            log.info(
-                "%d ranks train; rank 0 writes logs and previews, to %s",
-                trainer.world_size,
-                trainer.default_root_dir,
-            )
 
 
 def patch_size_of(model: Any) -> int:
@@ -251,7 +222,7 @@ class RecipeCLI(LightningCLI):
             self.config_init["preview"],
             scores,
             self.config_init["checkpoint"],
-            SaveRecipe(self.recipe_text()),
+            SaveRecipe(self._recipe_text()),
         ]
         check_repeated(from_recipe, of_library)
         return [
@@ -260,7 +231,7 @@ class RecipeCLI(LightningCLI):
             *from_recipe,
         ]
 
-    def recipe_text(self) -> str:
+    def _recipe_text(self) -> str:
         """Return the resolved recipe as YAML: it needs no other file and can be used with another `--run_dir`."""
         recipe = self.config.clone()
         recipe.base = []  # already merged
