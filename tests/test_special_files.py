@@ -21,9 +21,10 @@ from gpdit_lightning.codecs.pca import PcaCodec
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.chunk_files import ChunkFiles
-from gpdit_lightning.evaluation.network_files import load_script, verify_file
+from gpdit_lightning.evaluation.network_files import verify_file
 from gpdit_lightning.evaluation.reference import AdmFile, Reference
 from gpdit_lightning.evaluation.report import Report
+from gpdit_lightning.evaluation.torchscript import load_script
 from gpdit_lightning.files import (
     BoundedReader,
     atomic_write,

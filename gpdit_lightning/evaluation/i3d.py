@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpdit_lightning.errors import InputError, TransientError
-from gpdit_lightning.evaluation.network_files import I3D_SHA256, PREPROCESSING_OF_FILE, load_script
+from gpdit_lightning.evaluation.network_files import I3D_SHA256, PREPROCESSING_OF_FILE
+from gpdit_lightning.evaluation.torchscript import load_script
 from gpdit_lightning.tensor_files import check_finite, safetensors_header
 
 MIN_FRAMES = 10

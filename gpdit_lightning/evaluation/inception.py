@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gpdit_lightning.evaluation.network_files import INCEPTION_SHA256, PREPROCESSING_OF_FILE, load_script
+from gpdit_lightning.evaluation.network_files import INCEPTION_SHA256, PREPROCESSING_OF_FILE
+from gpdit_lightning.evaluation.torchscript import load_script
 
 SIDE = 299  # pixels along each side of the network's input
 

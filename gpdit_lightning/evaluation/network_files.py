@@ -1,29 +1,20 @@
-"""Verification and loading of files of published networks. The sha256 is verified first, and nothing is unpickled.
+"""The files of published networks: where they are, their sha256, and how long a batch may take.
 
-A TorchScript is a program of tensor operations. Those that open files or connect to other machines are refused. One
-that loops without end cannot be recognized, nor interrupted: a pass that exceeds `MAX_SECONDS` ends the process.
+A network that loops without end cannot be recognized, nor interrupted: a batch that exceeds `MAX_SECONDS` ends the
+process.
 """
 
 import os
-import re
 import sys
 import threading
-import zipfile
-import zlib
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import torch
-from torch import nn
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import open_regular
 from gpdit_lightning.hashes import remembered_sha256
 from gpdit_lightning.path_kinds import Medium
-from gpdit_lightning.retries import transient_error
 
 I3D_URL = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1"
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
@@ -46,18 +37,8 @@ class NetworkRecord:
 
 PREPROCESSING_OF_FILE = "preprocessing inside the network"
 
-# Operations of TorchScript on files and other machines, those of libraries besides torch, as their code names them, and
-# the method that loading runs, in which nothing can interrupt a loop.
-FORBIDDEN = re.compile(
-    r"\b(?:torch|ops\.aten|ops\.prim)\.(?:save|from_file|PythonOp|IgnoredPythonOp)\b|\brpc_(?:async|remote|sync)\b"
-    r"|\b__setstate__\b|\bops\.(?!aten\b|prim\b|quantized\b)\w+\.\w+"
-)
-MAX_CODE_BYTES = 2**24  # of one file of code in a TorchScript
 MAX_SECONDS = 1800.0  # of the computation of one batch
 STATUS = 2  # exit status if it is exceeded
-
-Interface = Literal["I3D", "Inception", "one input"]
-"""Kind of network in a TorchScript, recognised by the arguments of its forward."""
 
 REMEDIES = {
     "video": f"give I3D's weights as .safetensors, or i3d_torchscript.pt from {I3D_URL} (sha256 {I3D_SHA256})",
@@ -139,56 +120,3 @@ def time_limit(role: str, path: Path | str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def load_script(role: str, path: Path, *interfaces: Interface) -> tuple[nn.Module, Interface]:
-    """Load a TorchScript in evaluation mode; return it and its interface, one of the expected ones.
-
-    Raises:
-        InputError: the file is not a TorchScript, has an operation on files or other machines, or has none of these
-            interfaces.
-    """
-    operation = _forbidden_operation(role, path)
-    if operation:
-        raise network_error(role, path, f"contains the operation {operation}, which no network needs")
-    try:
-        script = torch.jit.load(path, map_location="cpu")
-    except (RuntimeError, ValueError):
-        raise network_error(role, path, "is not a TorchScript") from None
-    schema = getattr(script.forward, "schema", None)
-    arguments = [] if schema is None else schema.arguments[1:]
-    names = [argument.name for argument in arguments]
-    interface: Interface | None = None
-    if {"rescale", "resize", "return_features"} <= set(names):
-        interface = "I3D"
-    elif {"return_features", "no_output_bias"} <= set(names):
-        interface = "Inception"
-    elif sum(not argument.has_default_value() for argument in arguments) == 1:
-        interface = "one input"
-    if interface not in interfaces:
-        raise network_error(role, path, f"is another network, since its forward takes ({', '.join(names)})")
-    return script.eval(), interface
-
-
-def _forbidden_operation(role: str, path: Path) -> str:
-    """Return the first forbidden operation in the code of a TorchScript, which loading would run; empty without any.
-
-    Raises:
-        InputError: the file is not an archive, or its code is too large.
-    """
-    try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            for part in archive.infolist():
-                if "/code/" not in part.filename or part.filename.endswith(".debug_pkl"):
-                    continue
-                if part.file_size > MAX_CODE_BYTES:
-                    raise network_error(role, path, f"has {part.file_size} bytes of code in {part.filename}")
-                found = FORBIDDEN.search(archive.read(part).decode("utf-8", errors="replace"))
-                if found:
-                    return found[0]
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        known = transient_error(error, path)
-        raise known or network_error(role, path, "is not a TorchScript") from None
-    return ""
