@@ -37,6 +37,7 @@ from gpdit_lightning.schema import (
     check,
     check_content_hash,
     content_hash,
+    differences,
     parse_json,
 )
 from gpdit_lightning.training.callbacks.ablation import AblationRecord, StepSeconds, record_in
@@ -284,20 +285,19 @@ def with_steps(arm: Arm, steps: Mapping[str, int]) -> RunCosts | None:
     return replace(arm.costs, steps=steps.get(arm.name, arm.costs.steps))
 
 
-def difference(saved: Any, current: Any, name: str = "") -> str:
+def difference(saved: Any, current: Any) -> str:
     """Return the name of the first value that differs between two nested records; empty if none does.
 
     Values that the saved one does not have are options of a later version of the library, and do not count.
     """
-    if isinstance(saved, dict) and isinstance(current, dict):
-        parts = (difference(saved[key], current.get(key), f"{name}.{key}" if name else key) for key in saved)
-        return next(filter(None, parts), "")
-    if saved == current:
-        return ""
+    later = object()
+    different = (entry for entry in differences(saved, current, absent=later) if entry[1] is not later)
+    name, before, now = next(different, ("", None, None))
     section, _, inner = name.partition(".")
     if section == "data":  # fingerprints of the folders
         return f"content of {inner}"
-    return f"{inner or f'--{name}'} ({json.dumps(saved)} instead of {json.dumps(current)})"
+    now = None if now is later else now
+    return name and f"{inner or f'--{name}'} ({json.dumps(before)} instead of {json.dumps(now)})"
 
 
 def data_of(settings: Namespace) -> dict[str, list[str]]:
