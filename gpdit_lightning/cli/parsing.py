@@ -15,7 +15,7 @@ from gpdit_lightning.cli.bounded_yaml import PARSER_MODE, use_bounded_yaml
 from gpdit_lightning.cli.checked_files import FileCheckingParser
 from gpdit_lightning.cli.failures import DEBUG
 from gpdit_lightning.cli.messages import EMPTY, PREFIX, OptionHelp, one_sentence
-from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path, with_bases
+from gpdit_lightning.cli.recipe_files import AUTO, read_yaml, recipe_path, with_bases
 from gpdit_lightning.cli.value_checks import check_values
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.names import as_text
@@ -67,6 +67,8 @@ def parse(verb: str, description: str, record: type[Record], arguments: Sequence
             raise InputError(
                 f"{unwritable[0]} is not UTF-8, but the files of a run record it: rename that file or folder."
             )
+        # A missing or invalid recipe is reported here, before torch and Lightning are imported, which takes seconds.
+        with_bases([f"--config={name}" for name in recipe["config"] if name != AUTO])
         of_verb = [*_options_in_files(recipe["config"], record), *of_verb]
     else:
         of_verb = with_bases(arguments)
