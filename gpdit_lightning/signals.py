@@ -3,6 +3,7 @@
 SIGHUP (a closed terminal) and SIGUSR1 (SLURM's warning before a time limit) do what SIGTERM does.
 """
 
+import atexit
 import multiprocessing
 import os
 import select
@@ -164,6 +165,20 @@ def exit_at_signals(lines: Mapping[int, str]) -> Iterator[None]:
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
+
+
+def end_at_interrupts_while_exiting() -> None:
+    """Let Ctrl-C end the process without a traceback while Python exits; call it when the command has ended.
+
+    Until then Python handles SIGINT, so that an atexit callback, as one that waits for other ranks, prints a traceback.
+    """
+    atexit.unregister(_end_at_interrupts)  # the callback that is registered last is the first to run
+    atexit.register(_end_at_interrupts)
+
+
+def _end_at_interrupts() -> None:
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def is_ignored(number: int) -> bool:

@@ -208,6 +208,21 @@ def test_a_process_that_has_left_the_block_is_not_ended() -> None:
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60).returncode == 0
 
 
+def test_ctrl_c_while_a_finished_command_exits_prints_no_traceback() -> None:
+    """An atexit callback runs, as that which waits for the other ranks of a finished training."""
+    code = (
+        "import atexit, time; from gpdit_lightning.cli import main; "
+        "atexit.register(lambda: (print('exiting', flush=True), time.sleep(60))); main(['--version'])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != b"exiting\n":
+            pass
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (-signal.SIGINT, b"")
+
+
 def test_a_handler_of_sigterm_is_not_replaced() -> None:
     received: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: received.append(number))

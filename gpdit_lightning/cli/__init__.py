@@ -15,7 +15,13 @@ from gpdit_lightning.cli.failures import DEBUG, describe, one_line_reports, shor
 from gpdit_lightning.devices import rank_of_process
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.names import ESCAPING, printable
-from gpdit_lightning.signals import TERMINATING, Termination, exit_at_signals, redirect_closed_outputs
+from gpdit_lightning.signals import (
+    TERMINATING,
+    Termination,
+    end_at_interrupts_while_exiting,
+    exit_at_signals,
+    redirect_closed_outputs,
+)
 from gpdit_lightning.version import __version__
 
 
@@ -150,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 status = _main([word for word in words if word != DEBUG], debug)
             finally:
+                end_at_interrupts_while_exiting()
                 sys.stdout.flush()
         return status
     except BrokenPipeError:
