@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,10 @@ from gpdit_lightning.data.shards import (
 )
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, partial_path, publish
+
+
+def do_nothing(_: object) -> None:
+    """Record nothing."""
 
 
 class ShardWriter:
@@ -89,14 +93,21 @@ class ShardWriter:
         self._tar.write({"__key__": key, LATENT_ENDING: array.getvalue(), METADATA_ENDING: text.encode()})
         self.count += 1
 
-    def close(self) -> ShardEntry:
-        """Complete the shard and its index, and return the entry for the manifest."""
+    def close(self, record: Callable[[ShardEntry], object] = do_nothing) -> ShardEntry:
+        """Complete the shard and its index, and return the entry for the manifest.
+
+        Args:
+            record: called with the entry before the shard has its final name.
+        """
         self._tar.close()
         self._file.close()
+        tar = partial_path(self.path)
         with atomic_write(index_path(self.path)) as temporary, temporary.open("wb") as file:
-            np.save(file, build_index(partial_path(self.path), self._stored_shape), allow_pickle=False)
-        publish(self.path)  # after its index, so that a shard with its final name is complete
-        return shard_entry(self.path, self.split, self.kind, self.shape, self.count, self.arrays)
+            np.save(file, build_index(tar, self._stored_shape), allow_pickle=False)
+        entry = shard_entry(self.path, self.split, self.kind, self.shape, self.count, self.arrays, tar=tar)
+        record(entry)
+        publish(self.path)  # after its index and its record, so that a shard with its final name is complete
+        return entry
 
     def discard(self) -> None:
         """Remove the files of the incomplete shard."""
@@ -117,14 +128,20 @@ class ShardSetWriter:
         shard_size: most samples in one shard.
         part: number of this part of the data, if several writers share a folder.
         complete: existing shards of this part; new shards have higher numbers.
+        record: called with all complete shards, the new one last, before a shard has its final name.
     """
 
     def __init__(
-        self, directory: Path, shard_size: int = 1000, part: int | None = None, complete: Sequence[ShardEntry] = ()
+        self,
+        directory: Path,
+        shard_size: int = 1000,
+        part: int | None = None,
+        complete: Sequence[ShardEntry] = (),
+        record: Callable[[Sequence[ShardEntry]], object] = do_nothing,
     ) -> None:
         if shard_size < 1:
             raise InputError(f"shard_size is {shard_size}: give at least 1 sample.")
-        self.directory, self.shard_size = directory, shard_size
+        self.directory, self.shard_size, self._record = directory, shard_size, record
         self._part = "" if part is None else f"-{part:05d}"
         self._open: dict[str, ShardWriter] = {}
         self._complete = list(complete)
@@ -170,18 +187,22 @@ class ShardSetWriter:
         writer = self._open[prefix]
         writer.write(f"{writer.name}-{writer.count:06d}", latent, metadata)
         if writer.count == self.shard_size:
-            self._complete.append(writer.close())
-            del self._open[prefix]
+            self._close(prefix)
 
     def close(self) -> tuple[ShardEntry, ...]:
         """Complete every open shard and return the entries of all shards, sorted by name."""
         for prefix, writer in list(self._open.items()):
             if writer.count:
-                self._complete.append(writer.close())
+                self._close(prefix)
             else:  # its only sample was invalid
                 writer.discard()
-            del self._open[prefix]
+                del self._open[prefix]
         return tuple(sorted(self._complete, key=lambda entry: entry.path))
+
+    def _close(self, prefix: str) -> None:
+        entry = self._open[prefix].close(lambda entry: self._record([*self._complete, entry]))
+        self._complete.append(entry)
+        del self._open[prefix]
 
 
 def _name_prefix(split: Split, kind: Kind, shape: Shape) -> str:

@@ -293,10 +293,23 @@ def index_path(shard: Path) -> Path:
 
 
 def shard_entry(
-    path: Path, split: Split, kind: Kind, shape: Shape, count: int, arrays: tuple[ArrayName, ...] = LATENT_ONLY
+    path: Path,
+    split: Split,
+    kind: Kind,
+    shape: Shape,
+    count: int,
+    arrays: tuple[ArrayName, ...] = LATENT_ONLY,
+    *,
+    tar: Path | None = None,
 ) -> ShardEntry:
-    """Return the manifest's entry of a complete shard; reads and hashes its files."""
-    index = index_path(path)
+    """Return the manifest's entry of a complete shard; reads and hashes its files.
+
+    Args:
+        path: the shard.
+        split, kind, shape, count, arrays: as in the entry.
+        tar: the file that is going to be renamed to `path`; None if it was renamed.
+    """
+    index, tar = index_path(path), tar or path
     return ShardEntry(
         path=path.name,
         index=index.name,
@@ -304,8 +317,8 @@ def shard_entry(
         kind=kind,
         shape=shape,
         count=count,
-        bytes=path.stat().st_size,
-        sha256=sha256_of(path),
+        bytes=tar.stat().st_size,
+        sha256=sha256_of(tar),
         index_sha256=sha256_of(index),
         arrays=arrays,
     )

@@ -3,8 +3,9 @@
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, get_args
 
@@ -24,6 +25,7 @@ from gpdit_lightning.preparation.clips import Clip, EncodedClip, EndOfFile, Item
 from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.preparation.interleave import read_clips
 from gpdit_lightning.preparation.record_formats import PartResult
+from gpdit_lightning.preparation.records import Records
 from gpdit_lightning.progress import progress_bar
 
 REFRESH_SECONDS = 0.5  # between changes of the text of the progress bar
@@ -70,7 +72,13 @@ class StoredSample(NamedTuple):
 
 
 def encode_part(
-    part: int, files: Sequence[InputFile], options: PrepareOptions, codec: Codec, workers: int, progress: Progress
+    part: int,
+    files: Sequence[InputFile],
+    options: PrepareOptions,
+    records: Records,
+    codec: Codec,
+    workers: int,
+    progress: Progress,
 ) -> PartResult:
     """Write the shards of a part that are not complete yet.
 
@@ -81,6 +89,7 @@ def encode_part(
         part: number of the part.
         files: input files of the part.
         options: options for cutting, scaling and sharding.
+        records: records of the preparation, in which each shard is recorded when it is complete.
         codec: codec that encodes the clips.
         workers: number of decoding processes.
         progress: progress bar to update.
@@ -88,7 +97,7 @@ def encode_part(
     Raises:
         InputError: a complete shard of this part is damaged, or has samples of other input files.
     """
-    complete, stored = complete_shards(part, options, codec.latent_channels)
+    complete, stored = complete_shards(part, options, records.shards(part), codec.latent_channels)
     names = {file.name for file in files}
     for id in stored:
         if names.isdisjoint((id.source, *map(str, PurePosixPath(id.source).parents))):  # a parent may be a tar
@@ -96,7 +105,8 @@ def encode_part(
                 f"the shards of part {part} in {options.out} have a sample of {id.source}, which is no input file of "
                 f"that part: delete *-{part:05d}-*.tar there and run the same command again."
             )
-    with ShardSetWriter(options.out, options.shard_size, part, complete) as writer:
+    record = partial(records.record_shards, part)
+    with ShardSetWriter(options.out, options.shard_size, part, complete, record) as writer:
         encoder = PartEncoder(files, options, codec, stored, writer, progress)
         for item in read_clips(files, options, codec.temporal_factor, workers, stored.keys()):
             encoder.add(item)
@@ -220,17 +230,18 @@ def encode_arrays(codec: Codec, pixels: Tensor, arrays: Sequence[ArrayName]) -> 
 
 
 def complete_shards(
-    part: int, options: PrepareOptions, channels: int
+    part: int, options: PrepareOptions, recorded: Mapping[str, ShardEntry] | None, channels: int
 ) -> tuple[list[ShardEntry], dict[SampleId, StoredSample]]:
     """Return the complete shards of an interrupted part and their samples; delete its other files.
 
     Args:
         part: number of the part.
         options: options with the folder of the shards, and what is stored of each latent.
+        recorded: the recorded shards by path; None if an earlier version began the part.
         channels: number of latent channels.
 
     Raises:
-        InputError: one of the shards is damaged.
+        InputError: one of the shards is damaged or was not recorded.
     """
     folder = options.out
     paths = [path for path in sorted(folder.glob(f"*-{part:05d}-?????.*")) if _parse_name(path)]
@@ -242,6 +253,11 @@ def complete_shards(
     for path in paths:
         if path.suffix == ".tar":
             entry = _shard_entry(path, channels, options)
+            if recorded is not None and recorded.get(entry.path) != entry:
+                raise InputError(
+                    f"{path} is not the shard that the records of its preparation list, so it was changed or belongs "
+                    f"to another preparation: delete it and {entry.index} and run the same command again."
+                )
             reader = ShardReader(folder, entry)
             for number in range(entry.count):
                 with advise_deletion(path.name):

@@ -77,7 +77,8 @@ def encode_if_unlocked(
     with records.lock_part(part) as lock:
         if lock.acquired and (lock.exclusive or assigned) and not records.is_finished(part):
             files = [file.input_file(by_name.get(file.name)) for file in records.files_of_part(part)]
-            records.record_result(part, encode_part(part, files, options, codec, worker_count(options), progress))
+            result = encode_part(part, files, options, records, codec, worker_count(options), progress)
+            records.record_result(part, result)
 
 
 def worker_count(options: PrepareOptions) -> int:

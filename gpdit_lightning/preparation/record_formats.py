@@ -61,19 +61,8 @@ class PartResult:
             InputError: the content is invalid, or the result of another part.
         """
         check(content, RESULT_SCHEMA, "", name, COPY_AGAIN)
-        if content.get("part", part) != part:
-            raise InputError(f"{name} is the result of part {content['part']}: {COPY_AGAIN}.")
-        shards = tuple(
-            ShardEntry.from_dict(entry, f"shards[{number}]", name) for number, entry in enumerate(content["shards"])
-        )
-        for entry in shards:
-            named = SHARD_NAME.fullmatch(entry.path.removesuffix(".tar"))
-            if named is None or named["part"] != f"{part:05d}":
-                raise InputError(f"{name} lists {entry.path}, which is not of part {part}: {COPY_AGAIN}.")
-        if len({entry.path for entry in shards}) < len(shards):
-            raise InputError(f"{name} lists a shard twice: {COPY_AGAIN}.")
         return cls(
-            shards=shards,
+            shards=shards_of_part(content, part, name),
             used=content["used"],
             labels=tuple(content["labels"]),
             skipped=tuple(left_out(entry, name) for entry in content["skipped"]),
@@ -147,6 +136,23 @@ class RecordedFile:
         if current is None:
             return InputFile(Path(self.name), self.name, self.format, self.split, self.bytes, hashed=self.hashed)
         return replace(current, split=self.split, reason=self.reason, hashed=self.hashed)
+
+
+def shards_of_part(content: dict[str, Any], part: int, name: str) -> tuple[ShardEntry, ...]:
+    """Return the shards that a record of a part lists; arguments and errors as of `PartResult.from_dict`."""
+    check(content, {"shards": LIST}, "", name, COPY_AGAIN)
+    if content.get("part", part) != part:
+        raise InputError(f"{name} is the record of part {content['part']}: {COPY_AGAIN}.")
+    shards = tuple(
+        ShardEntry.from_dict(entry, f"shards[{number}]", name) for number, entry in enumerate(content["shards"])
+    )
+    for entry in shards:
+        named = SHARD_NAME.fullmatch(entry.path.removesuffix(".tar"))
+        if named is None or named["part"] != f"{part:05d}":
+            raise InputError(f"{name} lists {entry.path}, which is not of part {part}: {COPY_AGAIN}.")
+    if len({entry.path for entry in shards}) < len(shards):
+        raise InputError(f"{name} lists a shard twice: {COPY_AGAIN}.")
+    return shards
 
 
 def left_out(content: Any, name: str) -> LeftOut:

@@ -2,22 +2,25 @@
 
 The input files are divided into parts: lists of files, each of which one process encodes into separate shards. The
 list of a part is written before any of its files is opened, and its result once all of its shards are complete. In
-between, the complete shards of the part record its progress. The records are in the folder `preparation` beside the
+between, the complete shards of the part are its progress. The records are in the folder `preparation` beside the
 manifest:
 
     options.json             options and codec that determine the shards
     part-00000.sources.jsonl input files of a part, in order; then the number of the part, a hash of these lines, and
                              that of the options, as in options.json
+    part-00000.shards.json   the shards of a part and their hashes, each recorded just before it has its final name
     part-00000.json          result of a part
 
-Every file has a hash of its content; those of earlier versions have none. A list that is damaged, missing or that of
-another part is refused, since the parts and their order cannot be known without it. A result that is damaged, or whose
-shards are missing, is removed: the part is then encoded again, except for the samples in its complete shards.
+Every file has a hash of its content, and the records of parts have that of the options, so that those of another
+preparation are refused; files of earlier versions have none. A list that is damaged, missing or that of another part
+is refused, since the parts and their order cannot be known without it. A result that is damaged, or whose shards are
+missing, is removed: the part is then encoded again, except for the samples in its complete shards.
 """
 
 import hashlib
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -27,12 +30,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpdit_lightning.data.shard_entry import SHARD_NAME
+from gpdit_lightning.data.shard_entry import SHARD_NAME, ShardEntry
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, process_lock, read_bounded
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.input_files import InputFile
-from gpdit_lightning.preparation.record_formats import COPY_AGAIN, PartResult, RecordedFile
+from gpdit_lightning.preparation.record_formats import COPY_AGAIN, PartResult, RecordedFile, shards_of_part
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import (
     CONTENT_HASH,
@@ -141,9 +144,10 @@ class Records:
         """Divide files into parts of at most `size` files, numbered after the existing parts."""
         number, remaining = len(self.parts), iter(files)
         while batch := list(islice(remaining, size)):
+            self.record_shards(number, ())  # before the list, since a part without it is of an earlier version
             with atomic_write(self._files_path(number)) as temporary, temporary.open("w", encoding="utf-8") as output:
                 lines = "".join(RecordedFile.from_input_file(file).to_json() + "\n" for file in batch)
-                end = _end_of_list(number, lines.encode()) | {"options": self._recorded_settings().get(CONTENT_HASH)}
+                end = _end_of_list(number, lines.encode()) | {"options": self._options_hash}
                 output.write(f"{lines}{json.dumps(end)}\n")
             number += 1
 
@@ -156,7 +160,7 @@ class Records:
             lines.pop()
             actual = _end_of_list(part, b"".join(lines))
             if "options" in end:  # lists of earlier versions have none
-                actual["options"] = self._recorded_settings().get(CONTENT_HASH)
+                actual["options"] = self._options_hash
             if end != actual:
                 raise InputError(f"{path} was damaged or edited (it has {actual} and records {end}): {COPY_AGAIN}.")
         elif self._has_hashes or not lines:
@@ -174,7 +178,18 @@ class Records:
     def result(self, part: int) -> PartResult:
         """Return the result of a finished part; raises InputError if it is damaged or that of another part."""
         path = self._result_path(part)
-        return PartResult.from_dict(_read(path, self._has_hashes), part, str(path))
+        return PartResult.from_dict(self._read_of_part(path), part, str(path))
+
+    def shards(self, part: int) -> dict[str, ShardEntry] | None:
+        """Return the recorded shards of a part by path; None if an earlier version began the part.
+
+        Raises:
+            InputError: the record is damaged or that of another part.
+        """
+        path = self._shards_path(part)
+        if not os.path.lexists(path):
+            return None
+        return {entry.path: entry for entry in shards_of_part(self._read_of_part(path), part, str(path))}
 
     def check_parts(self) -> None:
         """Check the lists of all parts, and remove results that are damaged or whose shards are missing.
@@ -230,11 +245,26 @@ class Records:
                 if path.name not in listed and SHARD_NAME.fullmatch(path.stem):
                     raise InputError(f"{self._result_path(part)} does not list {path.name}: {COPY_AGAIN}.")
 
+    def record_shards(self, part: int, shards: Sequence[ShardEntry]) -> None:
+        """Record the shards of a part that are complete, or will be as soon as one has its final name."""
+        self._write_of_part(self._shards_path(part), {"part": part, "shards": [shard.to_dict() for shard in shards]})
+
     def record_result(self, part: int, result: PartResult) -> None:
         """Record the result of a part whose shards are all complete."""
-        with atomic_write(self._result_path(part)) as temporary:
-            content = _with_hash(result.to_dict(part))
+        self._write_of_part(self._result_path(part), result.to_dict(part))
+
+    def _write_of_part(self, path: Path, content: dict[str, Any]) -> None:
+        with atomic_write(path) as temporary:
+            content = _with_hash(content | {"options": self._options_hash})
             temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+    def _read_of_part(self, path: Path) -> dict[str, Any]:
+        """Read a record of a part; raises InputError if it is damaged, or belongs to other options."""
+        options = self._options_hash
+        content = _read(path, needs_hash=options is not None)
+        if content.get("options", options) != options:  # records of earlier versions have none
+            raise InputError(f"{path} belongs to a preparation with other options or another codec: {COPY_AGAIN}.")
+        return content
 
     @contextmanager
     def lock_part(self, part: int) -> Iterator[PartLock]:
@@ -269,7 +299,11 @@ class Records:
     @property
     def _has_hashes(self) -> bool:
         """Whether all records have hashes, since this or a later version wrote the first of them."""
-        return CONTENT_HASH in self._recorded_settings()
+        return self._options_hash is not None
+
+    @property
+    def _options_hash(self) -> str | None:
+        return self._recorded_settings().get(CONTENT_HASH)
 
     @property
     def _options_path(self) -> Path:
@@ -277,6 +311,9 @@ class Records:
 
     def _files_path(self, part: int) -> Path:
         return self.folder / f"part-{part:05d}.sources.jsonl"
+
+    def _shards_path(self, part: int) -> Path:
+        return self.folder / f"part-{part:05d}.shards.json"
 
     def _result_path(self, part: int) -> Path:
         return self.folder / f"part-{part:05d}.json"

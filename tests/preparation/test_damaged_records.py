@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from benchmarks.fuzz.values import damage_every_field
+from gpdit_lightning.codecs.pca import SHIPPED_WEIGHTS
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shards import ShardReader, index_path
 from gpdit_lightning.errors import InputError, ResourceError, TransientError
@@ -24,6 +26,7 @@ from gpdit_lightning.preparation.record_formats import PartResult, RecordedFile
 from gpdit_lightning.retries import explain_write_errors
 from gpdit_lightning.schema import CONTENT_HASH
 from tests.preparation.earlier_version import remove_hashes
+from tests.preparation.test_resume import prepare_until
 
 Attack = Callable[[Path], object]
 
@@ -143,6 +146,37 @@ def test_damaged_records_are_refused_or_repaired(
     else:
         prepare(replace(options, out=folder))
         assert samples(folder) == complete
+
+
+def test_shards_of_another_preparation_are_refused_in_an_unfinished_part(
+    options: PrepareOptions, complete: list[str], tmp_path: Path
+) -> None:
+    """They have the same names and sources, and another codec: without their result, with it, and with all records."""
+    folder, other = replace(options, out=tmp_path / "out"), replace(options, out=tmp_path / "other")
+    weights = tmp_path / "codec.safetensors"
+    save_file(
+        {name: np.ascontiguousarray(values[::-1]) for name, values in load_file(SHIPPED_WEIGHTS).items()}, weights
+    )
+    prepare(replace(other, codec_source=str(weights)))
+    prepare_until(3, folder)
+    interrupted = shutil.copytree(folder.out, tmp_path / "interrupted")
+    shard = tar(folder.out)
+    record = f"preparation/part-{shard.name.split('-')[-2]}.json"
+    shards = record.replace(".json", ".shards.json")
+    for names, message in (
+        ((), f"{shard.name} is not the shard .*delete it and {index_path(shard).name} and run"),
+        ((record,), f"{shard.name} is not the shard"),
+        ((record, shards), "shards.json belongs to a preparation with other options or another codec"),
+    ):
+        for name in (shard.name, index_path(shard).name, *names):
+            shutil.copy(other.out / name, folder.out / name)
+        with pytest.raises(InputError, match=message):
+            prepare(folder)
+        shutil.rmtree(folder.out)
+        shutil.copytree(interrupted, folder.out)
+    manifest = prepare(folder)
+    assert manifest is not None
+    assert manifest.shards == Manifest.load(options.out).shards
 
 
 def refusals(content: dict[str, Any], read: Callable[[bytes], object]) -> list[str]:
