@@ -110,12 +110,13 @@ class ShardWriter:
         return entry
 
     def discard(self) -> None:
-        """Remove the files of the incomplete shard."""
+        """Remove the files of the shard if it is incomplete; a signal may arrive just after it has its final name."""
         with suppress(OSError):  # closing a tar writes its end, which fails on a full disk
             self._tar.close()
             self._file.close()
-        for path in (partial_path(self.path), index_path(self.path)):
-            path.unlink(missing_ok=True)
+        partial_path(self.path).unlink(missing_ok=True)
+        if not self.path.exists():
+            index_path(self.path).unlink(missing_ok=True)
 
 
 class ShardSetWriter:

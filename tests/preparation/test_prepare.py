@@ -328,7 +328,9 @@ def test_the_output_folder_contains_listed_files_and_records(options: PrepareOpt
     others = {"manifest.json", "skipped.jsonl", "notes.jsonl", "preparation", "notes.txt"}
     assert {path.name for path in options.out.iterdir()} == listed | others
     records = {path.name for path in (options.out / "preparation").iterdir()}
-    assert records == {"options.json", "part-00000.sources.jsonl", "part-00000.json", "lock"}
+    assert records == {
+        *("options.json", "part-00000.sources.jsonl", "part-00000.shards.json", "part-00000.json", "lock")
+    }
 
 
 def test_latents_that_overflow_float16_are_skipped(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:

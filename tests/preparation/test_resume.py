@@ -26,6 +26,7 @@ import torch
 from gpdit_lightning import retries
 from gpdit_lightning.cli import main
 from gpdit_lightning.codecs import load_codec
+from gpdit_lightning.data import shard_writer
 from gpdit_lightning.data.manifest import SKIPPED_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
@@ -208,6 +209,23 @@ def test_a_killed_process_leaves_only_complete_shards(options: PrepareOptions, u
         before = after
     assert prepared(options).shards == uninterrupted.shards
     assert not list(options.out.rglob("*.partial"))
+
+
+def test_a_signal_just_after_a_shard_has_its_name_leaves_it_complete(
+    options: PrepareOptions, uninterrupted: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = shard_writer.publish
+
+    def interrupted(path: Path) -> None:
+        publish(path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_writer, "publish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(options)
+    assert list(options.out.glob("*.tar"))
+    assert prepared(options).shards == uninterrupted.shards
 
 
 def test_ctrl_c_prints_one_line(
