@@ -18,6 +18,7 @@ from typing import Self
 from urllib.parse import urlsplit
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from gpdit_lightning.app.jobs import Job, JobQueue, as_images, sentence
 from gpdit_lightning.app.requests import describe_model, parse_request, parse_start
@@ -55,6 +56,16 @@ KEPT_FOR = 3600.0  # seconds since the last use of a video
 MAX_KEPT = 32  # uploads, and videos; also of uploads that are not complete
 CLEANING_INTERVAL = 5.0  # seconds
 
+
+class _WithoutMalformedRequests(logging.Filter):
+    """Filter that removes what aiohttp logs, with a traceback, for each request that is not HTTP."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a record is of something other than such a request."""
+        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+WITHOUT_MALFORMED_REQUESTS = _WithoutMalformedRequests()
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -112,6 +123,7 @@ class ServerThread:
             self._ended.set()
 
     async def _serve(self) -> None:
+        logging.getLogger("aiohttp.server").addFilter(WITHOUT_MALFORMED_REQUESTS)
         self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
         with tempfile.TemporaryDirectory(prefix="gpdit_app_") as folder:  # which other users cannot read
             server = Server(self._pipeline, self._options, self._name, Path(folder))

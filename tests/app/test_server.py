@@ -19,6 +19,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import av
 import numpy as np
@@ -359,6 +360,17 @@ def test_malformed_requests_are_answered_by_a_sentence(
 ) -> None:
     found, answer = client.request(method, path, body, headers)
     assert (found, words in answer.decode()) == (status, True), answer
+
+
+@pytest.mark.parametrize("content", [b"GET / HTTP/9.9", b"GET /\xe9 HTTP/1.1", b"GET / HTTP/1.1\r\nContent-Length: -1"])
+def test_requests_that_are_not_http_leave_no_traceback(
+    content: bytes, client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = urlsplit(client.url)
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall(content + b"\r\n\r\n")
+        assert b" 400 Bad Request\r\n" in connection.recv(2**16)
+    assert not caplog.records
 
 
 def test_events_after_any_number_are_streamed(client: Client) -> None:
