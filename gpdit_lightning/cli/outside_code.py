@@ -1,38 +1,52 @@
-"""Code outside the library that a recipe names: announced, and imported only if the rest of the recipe is valid."""
+"""Code outside the library that a recipe names, which is imported only if the rest of the recipe is valid."""
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from gpdit_lightning.cli.bounded_yaml import load_yaml
+from gpdit_lightning.cli.bounded_yaml import load_yaml, read_text
 from gpdit_lightning.cli.recipe_files import read_yaml, value_at
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import import_path, is_import_path, is_outside
 from gpdit_lightning.stages import GPDiTStage
 
-log = logging.getLogger(__name__)
-
-MODEL = "model"
+MODEL, TRAINER = "model", "trainer"
 NAMES = ("callbacks", "logger", "profiler", "strategy", "plugins", "accelerator")
-OPTIONS = (MODEL, *(f"trainer.{name}" for name in NAMES))
+OPTIONS = (MODEL, *(f"{TRAINER}.{name}" for name in NAMES))
 ARGUMENTS_OF_ALL_STAGES = ("backbone", "schedule", "optimizer", "initial_weights")
+MAX_PARTS = 32  # of the name of an option
 
-Assignment = tuple[str, str, Any]  # option, rest of its name such as `init_args.decay` or `+`, value
+
+class _Part(NamedTuple):
+    """A file of a command line, or another option with its value.
+
+    Attributes:
+        words: of the command line.
+        name: of the option.
+        content: what it gives to the groups of `OPTIONS`, as nested mappings.
+    """
+
+    words: list[str]
+    name: str
+    content: dict[str, Any]
 
 
 def outside_classes(arguments: Sequence[str]) -> dict[str, list[str]]:
     """Return the import paths outside the library that the classes of a recipe name, by option.
+
+    Strings among the arguments of classes may be import paths too, of functions for example; whether they are is known
+    only when the class is.
 
     Args:
         arguments: the command line of `fit`, with the bases of recipes.
     """
     found: dict[str, list[str]] = {}
     for part in _parts(arguments):
-        for option, _, value in _assignments(part):
-            for path in _outside_paths(value, is_class=True):
+        for option in OPTIONS:
+            for path in _outside_paths(_own(option, value_at(part.content, option))):
                 found.setdefault(option, []).append(path)
     return {option: list(dict.fromkeys(paths)) for option, paths in found.items()}
 
@@ -48,85 +62,115 @@ def without_options(arguments: Sequence[str], options: Mapping[str, Any]) -> lis
     """
     result = list[str]()
     for part in _parts(arguments):
-        if isinstance(part, Path):
-            content = read_yaml(part)
+        if part.name.startswith("print_config"):  # it would end the command
+            continue
+        if all(value_at(part.content, option) is None for option in options):
+            result += part.words
+        elif part.name in ("config", TRAINER):
             for option in options:
-                _remove(content, option)
-            result.append(f"--config={json.dumps(content, default=str)}")
-            continue
-        if part[0].startswith("--print_config"):  # it would end the command
-            continue
-        names = [(option, rest) for option, rest, _ in _assignments(part)]
-        kept = all(
-            option not in options or (option == MODEL and rest.startswith(tuple(_inherited("init_args."))))
-            for option, rest in names
-        )
-        result += part if kept else []
+                _remove(part.content, option)
+            result.append(f"--config={json.dumps(part.content, default=str)}")
+        elif part.name.startswith(tuple(f"{MODEL}.init_args.{name}" for name in ARGUMENTS_OF_ALL_STAGES)):
+            result += part.words
     return [*result, *([f"--model={import_path(GPDiTStage)}"] if MODEL in options else [])]
 
 
-def announce(classes: Mapping[str, Sequence[str]]) -> None:
-    """Log the classes whose modules are about to be imported."""
-    for option, paths in classes.items():
-        log.info("%s names %s, outside this library: its code is imported and run", option, " and ".join(paths))
-
-
-def _inherited(prefix: str) -> Iterator[str]:
-    return (f"{prefix}{name}" for name in ARGUMENTS_OF_ALL_STAGES)
-
-
-def _parts(arguments: Sequence[str]) -> Iterator[Path | list[str]]:
+def _parts(arguments: Sequence[str]) -> Iterator[_Part]:
     """Yield the files of a command line, and its other options with their values, as one or two words."""
     words = list(arguments)
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
-        if name == "--config" and equals:
-            yield Path(value)
-        elif not equals and words and not words[0].startswith("--"):
-            yield [word, words.pop(0)]
-        else:
-            yield [word]
-
-
-def _assignments(part: Path | list[str]) -> Iterator[Assignment]:
-    """Yield the values that a file or an option gives to `OPTIONS`."""
-    if isinstance(part, Path):
-        content = read_yaml(part)
-        for option in OPTIONS:
-            if (value := value_at(content, option)) is not None:
-                yield option, "", value
-        return
-    name, _, value = part[0].partition("=")
-    value = part[1] if len(part) > 1 else value
-    for option in OPTIONS:
-        rest = name.removeprefix(f"--{option}")
-        if rest in ("", "+") or (rest != name and rest.startswith(".")):
-            yield option, rest.removeprefix("."), _parsed(value)
+        given = [word]
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+            given.append(value)
+        name, content = name.removeprefix("--"), dict[str, Any]()
+        if name == "config" and value:
+            content = load_yaml(value) if value.startswith("{") else read_yaml(Path(value))
+            content = _with_files(_nested(content), Path(value).parent)
+        elif name.partition(".")[0] in (MODEL, TRAINER):
+            content = _with_files(_nested({name.removesuffix("+"): _parsed(value)}), Path())
+        yield _Part(given, name, content)
 
 
 def _parsed(value: str) -> Any:
+    """Return the list or the mapping that the text of an option is; another text as it is."""
     try:
-        return load_yaml(value) if value[:1] in ("[", "{") else value
+        content = load_yaml(value)
     except yaml.YAMLError:
         return value
+    return content if isinstance(content, list | dict) else value
 
 
-def _outside_paths(value: Any, is_class: bool) -> Iterator[str]:
-    """Yield the import paths in a value: of `class_path` at any depth, and where a class is expected."""
+def _nested(content: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return the content of a file with mappings in the place of names such as `trainer.callbacks`, at any depth."""
+    result = dict[Any, Any]()
+    for name, value in content.items():
+        inner = _nested(value) if isinstance(value, Mapping) else value
+        first, *rest = name.split(".", MAX_PARTS) if isinstance(name, str) else [name]
+        for part in reversed(rest):
+            inner = {part: inner}
+        result = _merged(result, {first: inner})
+    return result
+
+
+def _merged(first: Mapping[Any, Any], second: Mapping[Any, Any]) -> dict[Any, Any]:
+    both = [name for name in second if isinstance(first.get(name), dict) and isinstance(second[name], dict)]
+    return {**first, **second, **{name: _merged(first[name], second[name]) for name in both}}
+
+
+def _with_files(content: dict[Any, Any], folder: Path) -> dict[Any, Any]:
+    """Return content with that of the files which it names in the place of the trainer, of classes or of lists.
+
+    Args:
+        content: nested, of a recipe or an option.
+        folder: to which paths in it are relative.
+    """
+    content = dict(content)
+    if TRAINER in content:
+        trainer, inner = _read(content[TRAINER], folder)
+        if isinstance(trainer, dict):
+            names = [name for name in NAMES if name in trainer]
+            trainer = {**trainer, **{name: _classes_in_files(trainer[name], inner) for name in names}}
+        content[TRAINER] = trainer
+    if MODEL in content:
+        content[MODEL] = _classes_in_files(content[MODEL], folder)
+    return content
+
+
+def _classes_in_files(value: Any, folder: Path) -> Any:
+    value, folder = _read(value, folder)
+    return [_read(item, folder)[0] for item in value] if isinstance(value, list) else value
+
+
+def _read(value: Any, folder: Path) -> tuple[Any, Path]:
+    """Return the content of the file that a value names, with the file's folder; another value as it is."""
+    if not isinstance(value, str) or not value or not (file := folder / value).is_file():
+        return value, folder
+    try:
+        content = load_yaml(read_text(file))
+    except (OSError, InputError, yaml.YAMLError):
+        return value, folder
+    return _nested(content) if isinstance(content, dict) else content, file.parent
+
+
+def _own(option: str, value: Any) -> Any:
+    """Return the value of an option without the arguments of all stages, which name no classes."""
+    arguments = value.get("init_args") if option == MODEL and isinstance(value, Mapping) else None
+    if not isinstance(arguments, Mapping):
+        return value
+    return {**value, "init_args": {n: item for n, item in arguments.items() if n not in ARGUMENTS_OF_ALL_STAGES}}
+
+
+def _outside_paths(value: Any) -> Iterator[str]:
+    """Yield the import paths in a value, at any depth."""
     if isinstance(value, str):
-        if is_class and is_import_path(value) and is_outside(value) and not _is_file(value):
+        if is_import_path(value) and is_outside(value) and not value.endswith((".yaml", ".yml")):
             yield value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _outside_paths(item, is_class=name == "class_path")
-    elif isinstance(value, list):
-        for item in value:
-            yield from _outside_paths(item, is_class)
-
-
-def _is_file(value: str) -> bool:
-    return value.endswith((".yaml", ".yml"))
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _outside_paths(item)
 
 
 def _remove(content: dict[str, Any], option: str) -> None:

@@ -14,6 +14,7 @@ from gpdit_lightning.cli.arguments import LiteralNames, item_type, normalized, r
 from gpdit_lightning.cli.bounded_yaml import PARSER_MODE, use_bounded_yaml
 from gpdit_lightning.cli.checked_files import FileCheckingParser
 from gpdit_lightning.cli.failures import DEBUG
+from gpdit_lightning.cli.guarded_imports import guard_imports
 from gpdit_lightning.cli.messages import EMPTY, PREFIX, OptionHelp, one_sentence
 from gpdit_lightning.cli.recipe_files import AUTO, read_yaml, recipe_path, with_bases
 from gpdit_lightning.cli.value_checks import check_values
@@ -24,6 +25,7 @@ from gpdit_lightning.options.shared import RecipeOptions
 # Every field's docstring becomes its help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 use_bounded_yaml()
+guard_imports()
 
 
 def _path(text: str) -> Path:

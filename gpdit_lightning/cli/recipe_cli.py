@@ -16,8 +16,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from gpdit_lightning.checkpoints.files import last_checkpoint
 from gpdit_lightning.cli.bounded_yaml import PARSER_MODE
 from gpdit_lightning.cli.class_errors import check_classes, check_constructors
+from gpdit_lightning.cli.guarded_imports import imports_of
 from gpdit_lightning.cli.messages import PREFIX, relevant_part
-from gpdit_lightning.cli.outside_code import announce, outside_classes, without_options
+from gpdit_lightning.cli.outside_code import outside_classes, without_options
 from gpdit_lightning.cli.recipe_files import read_yaml, with_bases, without_earlier_manifests
 from gpdit_lightning.cli.saved_recipe import SaveRecipe
 from gpdit_lightning.cli.trainer_settings import (
@@ -303,11 +304,12 @@ def _command_line(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) ->
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_shown)
-    given = with_bases(arguments)
-    if outside := outside_classes(given):
-        _parse(ParsedRecipe, verb, without_options(without_earlier_manifests(given), outside))
-        announce(outside)
-    return _parse(kind, verb, without_earlier_manifests(given))
+    words = without_earlier_manifests(with_bases(arguments))
+    if outside := outside_classes(words):
+        with imports_of({}):
+            _parse(ParsedRecipe, verb, without_options(words, outside))
+    with imports_of(outside):
+        return _parse(kind, verb, words)
 
 
 def _parse(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) -> RecipeCLI:

@@ -1,5 +1,6 @@
 """An error in a class of a recipe, or in its arguments, is one sentence with the option, the value and the cure."""
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -223,6 +224,18 @@ def test_arguments_that_are_no_mapping_are_refused(arguments: object) -> None:
         ClassSpec("model", GPDiTStage).update({"class_path": "MixedStage", "init_args": arguments})
 
 
+def write_announced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write a module `announced`, outside the library, whose import writes the file `announced.imported`."""
+    (folder / "announced.py").write_text(
+        "import pathlib\nfrom lightning import Callback\nfrom gpdit_lightning.stages import MixedStage\n"
+        "pathlib.Path(__file__).with_suffix('.imported').touch()\n\nclass Call(Callback):\n    pass\n\n"
+        "class Stage(MixedStage):\n    def __init__(self, extra: int = 1, **others):\n"
+        "        super().__init__(**others)\n\ndef function():\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "announced", raising=False)
+
+
 @pytest.mark.parametrize(
     ("options", "is_imported"),
     [
@@ -241,14 +254,7 @@ def test_outside_code_is_announced_and_imported_only_by_a_valid_recipe(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "announced.py").write_text(
-        "import pathlib\nfrom lightning import Callback\nfrom gpdit_lightning.stages import MixedStage\n"
-        "pathlib.Path(__file__).with_suffix('.imported').touch()\n\nclass Call(Callback):\n    pass\n\n"
-        "class Stage(MixedStage):\n    def __init__(self, extra: int = 1, **others):\n"
-        "        super().__init__(**others)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "announced", raising=False)
+    write_announced(tmp_path, monkeypatch)
     settings = recipe(tiny_shards, tmp_path / "run")
     settings["trainer"]["callbacks"] = [{"class_path": "announced.Call"}]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
@@ -263,3 +269,75 @@ def test_outside_code_is_announced_and_imported_only_by_a_valid_recipe(
         assert {*lines} == {f"{name}, {ANNOUNCED}" for name in named}
     else:
         assert len(lines) == 1
+
+
+CALL = "{class_path: announced.Call}"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "words", "path"),
+    [
+        ({"callbacks": ["call.yaml"]}, [], "announced.Call"),
+        ({"callbacks": "call.yaml"}, [], "announced.Call"),
+        ("trainer.yaml", [], "announced.Call"),
+        ({}, ["--trainer.callbacks=call.yaml"], "announced.Call"),
+        ({}, ["--trainer=trainer.yaml"], "announced.Call"),
+        ({}, ["--trainer", f"{{callbacks: [{CALL}]}}"], "announced.Call"),
+        ({}, ["--trainer.callbacks", f"\n- {CALL}"], "announced.Call"),
+        ({}, ["--trainer.callbacks+", "class_path: announced.Call"], "announced.Call"),
+        ({}, ["--config=dotted.yaml"], "announced.Call"),
+        (
+            {},
+            ["--trainer.callbacks=LambdaCallback", "--trainer.callbacks.on_fit_start=announced.function"],
+            ".function",
+        ),
+    ],
+)
+def test_outside_code_is_announced_in_whatever_way_it_is_named(
+    trainer: Any,
+    words: list[str],
+    path: str,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_announced(tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    settings = recipe(tiny_shards, tmp_path / "run")
+    settings["trainer"] = settings["trainer"] | trainer if isinstance(trainer, dict) else trainer
+    for name, text in {
+        "recipe.yaml": yaml.safe_dump(settings),
+        "call.yaml": CALL,
+        "trainer.yaml": "callbacks: [call.yaml]",
+        "dotted.yaml": f"trainer.callbacks: [{CALL}]",
+    }.items():
+        (tmp_path / name).write_text(text)
+    fit = ["fit", "--config=recipe.yaml", *words]
+    assert main([*fit, "--ema.decay=abc"]) == 2
+    assert not (tmp_path / "announced.imported").exists()
+    capsys.readouterr()
+    with contextlib.suppress(SystemExit):
+        main([*fit, "--print_config"])
+    assert (tmp_path / "announced.imported").exists()
+    assert f"{path}, {ANNOUNCED}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [f"--model.init_args.schedule={CALL}"],
+        [f"--scores.video_network={CALL}"],
+    ],
+)
+def test_outside_code_is_not_imported_where_no_class_is_expected(
+    words: list[str],
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_announced(tmp_path, monkeypatch)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(tiny_shards, tmp_path / "run")))
+    assert "announced.Call" in error_of([f"--config={tmp_path / 'recipe.yaml'}", *words], capsys)
+    assert not (tmp_path / "announced.imported").exists()
