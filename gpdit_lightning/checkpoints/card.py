@@ -16,7 +16,7 @@ from gpdit_lightning.checkpoints.facts import TrainingFacts, TrainingScores, Val
 from gpdit_lightning.checkpoints.first_use import TASKS, first_use, makes_images, source_of_training
 from gpdit_lightning.checkpoints.systems import System, system_of
 from gpdit_lightning.model.config import GPDiTConfig
-from gpdit_lightning.names import SCORE_NAMES, is_hub_name
+from gpdit_lightning.names import SCORE_NAMES, as_text, is_hub_name
 from gpdit_lightning.specs import CodecSpec
 
 THIS_MODEL = ", with this folder or its name on the hub as `MODEL`"
@@ -124,7 +124,7 @@ def model_card(
         text = "Latents of this codec, whitened by its constants: `(latents - mean) / std` in each channel."
         sections += ["## Latents", text, _table("codec", _as_code(_codec(facts.codec)))]
     sections += ["## Citation", "```bibtex\n" + "\n".join(system.papers) + "\n```"]
-    text = "\n\n".join([*sections, LICENSE]) + "\n\n"
+    text = as_text("\n\n".join([*sections, LICENSE]) + "\n\n")  # a record may have text that is not valid Unicode
     return text + _signature(text)
 
 

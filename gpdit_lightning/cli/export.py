@@ -1,6 +1,7 @@
 """`export`: write the model of a checkpoint to a folder that is read without unpickling."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.report_text import RESULTS, what_is_generated
 from gpdit_lightning.files import new_partial, publish, read_bounded, remove
 from gpdit_lightning.generation.settings import load_codec_of
+from gpdit_lightning.names import printable
 from gpdit_lightning.options.export import ExportOptions
 from gpdit_lightning.training.run_folder import RECIPE
 
@@ -68,7 +70,8 @@ def export(options: ExportOptions) -> None:
     command = use.command(str(options.out), trained.codec.name if trained.codec.is_custom else None)
     if not (out / CODEC).exists() and trained.codec.name in CODECS:
         source, default = trained.codec.source, CODECS[trained.codec.name].default_source
-        command += f" --codec_source {source}" * (source not in (None, default))  # an exported model does not choose it
+        if source not in (None, default):  # an exported model does not choose it
+            command += f" --codec_source {printable(shlex.quote(source))}"
     print(f"{options.out}: the {kind} weights of step {trained.step}; to {use.purpose} with them: {command}")
 
 

@@ -1,5 +1,7 @@
 """Loading of codecs by the name that a user gives or a file records."""
 
+import shlex
+
 import torch
 
 from gpdit_lightning.codecs.base import Codec, describe
@@ -103,8 +105,8 @@ def load_codec_from_spec(
     if codec_class in BUILT_IN and source is None and spec.source not in (None, codec_class.default_source):
         raise CodecNotAllowedError(
             f"{owner} records {shown(spec.source)} as the weights of its codec, and a file must not choose which files "
-            f"are opened or downloaded: give {option}_source {spec.source} if you trust it, or the path of these "
-            "weights."
+            f"are opened or downloaded: give {option}_source {shlex.quote(spec.source)} if you trust it, or the path "
+            "of these weights."
         )
     loaded = load_codec(codec or spec.name, source or spec.source, device)
     spec.check_same(loaded.spec(), owner, f"the codec loaded from {loaded.source or 'the package'}")

@@ -1,5 +1,6 @@
 """Model cards: the system that a model is, and commands that run as the card shows them."""
 
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -125,3 +126,16 @@ def test_a_model_without_the_record_of_its_training_has_the_network_alone() -> N
     card = model_card(toy_config(), facts, 1000, "float32")
     assert "--checkpoint MODEL --codec my_parts.MyCodec --context" in card
     assert 'GPDiTPipeline.from_pretrained("MODEL", codec="my_parts.MyCodec")' in card
+
+
+def test_a_record_with_invalid_unicode_and_a_hostile_codec_is_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = exported(tmp_path / "model", 3, (), "videos")
+    record = json.loads((folder / "config.json").read_text())
+    record |= {"stage": "Stage\ud800", "codec": record["codec"] | {"source": "a b; touch c\x1b[2J"}}
+    (folder / "config.json").write_text(json.dumps(record))
+    (folder / "SHA256SUMS").unlink()
+    assert main(["export", "--checkpoint", str(folder), "--out", str(tmp_path / "again"), "--no_samples"]) == 0
+    assert capsys.readouterr().out.endswith(" --codec_source 'a b; touch c\\x1b[2J'\n")
+    assert "Stage\\ud800" in (tmp_path / "again" / "README.md").read_text()
