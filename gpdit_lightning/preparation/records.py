@@ -247,7 +247,8 @@ class Records:
 
     def record_shards(self, part: int, shards: Sequence[ShardEntry]) -> None:
         """Record the shards of a part that are complete, or will be as soon as one has its final name."""
-        self._write_of_part(self._shards_path(part), {"part": part, "shards": [shard.to_dict() for shard in shards]})
+        entries = [shard.to_dict() for shard in sorted(shards, key=lambda shard: shard.path)]
+        self._write_of_part(self._shards_path(part), {"part": part, "shards": entries})
 
     def record_result(self, part: int, result: PartResult) -> None:
         """Record the result of a part whose shards are all complete."""

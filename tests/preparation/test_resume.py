@@ -104,6 +104,11 @@ def identities(manifest: Manifest) -> list[tuple[Any, ...]]:
     return samples
 
 
+def records_of(manifest: Manifest) -> dict[str, bytes]:
+    """Return the records of a preparation by name."""
+    return {path.name: path.read_bytes() for path in (Path(str(manifest.directory)) / "preparation").glob("*.json*")}
+
+
 def modification_times(out: Path) -> dict[str, int]:
     """Return the modification time of each tar."""
     return {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
@@ -186,7 +191,9 @@ def test_a_resumed_run_writes_the_same_shards(options: PrepareOptions, uninterru
 def test_a_repeatedly_interrupted_run_finishes(options: PrepareOptions, uninterrupted: Manifest) -> None:
     for _ in range(3):
         prepare_until(14, options)
-    assert prepared(options).shards == uninterrupted.shards
+    manifest = prepared(options)
+    assert manifest.shards == uninterrupted.shards
+    assert records_of(manifest) == records_of(uninterrupted)
 
 
 def test_a_killed_process_leaves_only_complete_shards(options: PrepareOptions, uninterrupted: Manifest) -> None:
