@@ -1,6 +1,7 @@
 """The resolved recipe in the run folder, and what a resumed run changes in it."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from gpdit_lightning.cli.bounded_yaml import load_yaml
 from gpdit_lightning.cli.recipe_files import read_yaml
+from gpdit_lightning.data.ranks import check_same_on_ranks
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.schema import differences, shown
@@ -20,13 +22,18 @@ log = logging.getLogger(__name__)
 MAX_CHANGES = 20  # settings in a message
 OF_INITIAL_WEIGHTS = ("seed_everything", "model.init_args.initial_weights")  # have no effect after a checkpoint
 SAME_FOLDER = ("run_dir", "runs")  # the same folder may have other names
+# Settings in which ranks may differ: folders and files, whose content is compared, and what does not change the result.
+OF_EACH_NODE = re.compile(
+    r"run_dir|runs|data_dir|data\.\w+\.manifests|data\.(cache|workers)\b.*|model\.init_args\.initial_weights|"
+    r"trainer\.(logger|callbacks|profiler|default_root_dir)\b.*"
+)
 
 
 class SaveRecipe(Callback):
     """Write the resolved recipe to the run folder and the loggers when training starts, with the number of parameters.
 
-    Settings that differ from those of the run before it was resumed are logged; also if no step is left, when the
-    recipe in the run folder stays as it is.
+    All ranks must have the same settings, except for those of their nodes. Settings that differ from those of the run
+    before it was resumed are logged; also if no step is left, when the recipe in the run folder stays as it is.
 
     Args:
         text: the YAML.
@@ -35,6 +42,14 @@ class SaveRecipe(Callback):
     def __init__(self, text: str) -> None:
         self.text = text
         self.is_started = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raise `InputError` on all ranks if one of them has other settings, by which their weights would diverge."""
+        if stage == "fit" and trainer.world_size > 1:
+            settings = {name: repr(value) for name, value, _ in differences(load_yaml(self.text), {}, absent={})}
+            check_same_on_ranks(
+                trainer, {name: text for name, text in settings.items() if not OF_EACH_NODE.fullmatch(name)}
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and log; by now the run is restored and checked."""

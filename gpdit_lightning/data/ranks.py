@@ -31,6 +31,6 @@ def check_same_on_ranks(trainer: Any, facts: Mapping[str, Any], texts: Mapping[s
         names = dict.fromkeys(texts.get(name, name) for name, n in zip(first, ranks_of_fact, strict=True) if n)
         raise InputError(
             f"{ranks:.0f} of {trainer.world_size} ranks found another {and_list([*names] or ['recipe'])} than the "
-            "first rank: make the same files visible to all nodes, change none of them while a run starts, and start "
-            "it again."
+            "first rank: make the same files visible to all nodes, give the same command on each, change no file while "
+            "a run starts, and start it again."
         )

@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from gpdit_lightning.cli.saved_recipe import SaveRecipe
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.ranks import check_same_on_ranks
 from gpdit_lightning.errors import InputError
@@ -53,6 +54,37 @@ def test_facts_that_differ_are_named(change: dict[str, Any], named: str) -> None
         return
     with pytest.raises(InputError, match=f"1 of 2 ranks found another {named} than the first rank: make the same"):
         check_same_on_ranks(trainer, facts, texts)
+
+
+class TwoRanks(OtherRank):
+    """The strategy of both ranks in turn: the facts of the first are kept for the second."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, Any] = {}
+
+    def broadcast(self, facts: dict[str, Any]) -> dict[str, Any]:
+        self.first = self.first or facts
+        return self.first
+
+
+def test_ranks_with_different_settings_end_before_the_first_step() -> None:
+    """With DDP their weights would diverge. Folders and workers may differ."""
+    recipe = {
+        "run_dir": "/node0/run",
+        "model": {"init_args": {"optimizer": {"learning_rate": 1e-3, "betas": [0.9, 0.999]}}},
+        "data": {"videos": {"manifests": ["/node0/latents"], "batch_size": 4}, "workers": 4},
+        "trainer": {"max_steps": 6, "logger": None},
+    }
+    texts = [yaml.safe_dump(recipe)]
+    texts.append(texts[0].replace("node0", "node1").replace("workers: 4", "workers: 2"))
+    texts += [texts[1].replace("0.001", "0.1"), texts[1].replace("max_steps: 6", "max_steps: 8")]
+    trainer: Any = SimpleNamespace(strategy=TwoRanks(), world_size=2)
+    module: Any = None
+    for text in texts[:2]:
+        SaveRecipe(text).setup(trainer, module, "fit")
+    for text, name in zip(texts[2:], ("model.init_args.optimizer.learning_rate", "trainer.max_steps"), strict=True):
+        with pytest.raises(InputError, match=f"1 of 2 ranks found another {name} than the first rank"):
+            SaveRecipe(text).setup(trainer, module, "fit")
 
 
 class ChangingServer(Server):
