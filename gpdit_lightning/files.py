@@ -124,11 +124,16 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, replace: bool = True) -> Iterator[Path]:
     """Yield the partial path to write to, and publish it when the block ends without an exception.
 
     After an exception the partial file is removed and an existing file at `path` is unchanged. A process that is
     killed leaves at most the partial file. Other processes that write the same file wait for the block.
+
+    Args:
+        path: the file.
+        replace: whether to replace the file; otherwise the first process writes it, and what later ones write is
+            discarded.
 
     Raises:
         InputError: the path is that of a pipe, a socket or a device; or as :func:`new_partial`.
@@ -139,7 +144,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         with new_partial(path) as partial:
             yield partial
-            publish(path)
+            if replace or not os.path.lexists(path):
+                publish(path)
+            else:
+                remove(partial)
     except OSError as error:
         error.filename = error.filename or str(path)  # of a failed write, such as on a full disk, it is not set
         raise

@@ -202,17 +202,18 @@ def make_record(options: FeaturesOptions, trained: TrainedModel, codec: Codec, v
 
 
 def create_or_resume(out: Path, record: FeatureRecord) -> None:
-    """Write the record into a new folder, or check the record of an existing one.
+    """Write the record into a new folder, and check that it is the record of the folder.
+
+    Of two commands that start at the same time with different models, the second one is refused.
 
     Raises:
         InputError: the folder contains other features.
     """
-    if (out / RECORD).exists():
-        FeatureRecord.load(out).check(vars(record), out, option_of)
-    elif any(out.rglob(f"*{SUFFIXES[record.format]}")):
-        raise InputError(f"{out} contains {SUFFIXES[record.format]} files but no {RECORD}: give another --out.")
-    else:
+    if not (out / RECORD).exists():
+        if any(out.rglob(f"*{SUFFIXES[record.format]}")):
+            raise InputError(f"{out} contains {SUFFIXES[record.format]} files but no {RECORD}: give another --out.")
         record.save(out)
+    FeatureRecord.load(out).check(vars(record), out, option_of)
 
 
 def option_of(name: str) -> str:

@@ -113,8 +113,8 @@ class FeatureRecord:
         return load_record(cls, Path(folder) / RECORD, REMEDY)
 
     def save(self, folder: str | Path) -> None:
-        """Write `features.json`."""
-        with atomic_write(Path(folder) / RECORD) as path:
+        """Write `features.json`, unless another process has written it meanwhile."""
+        with atomic_write(Path(folder) / RECORD, replace=False) as path:
             path.write_text(record_to_json(self), encoding="utf-8", errors="backslashreplace")
 
     def check(self, expected: Mapping[str, Any], folder: str | Path, label: Callable[[str], str] = str) -> None:

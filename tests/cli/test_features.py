@@ -259,6 +259,22 @@ def test_blocks_that_are_not_run_have_no_effect(work: Path, tmp_path: Path) -> N
     assert (tmp_path / "a/a.npy").read_bytes() == (tmp_path / "b/a.npy").read_bytes()
 
 
+def test_of_two_commands_with_different_models_that_start_at_once_one_is_refused(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one writes its record after this one has found none."""
+    extract(work, tmp_path / "other", "--layer=1")
+    save = FeatureRecord.save
+
+    def save_later(record: FeatureRecord, folder: Path) -> None:
+        save(FeatureRecord.load(tmp_path / "other"), folder)
+        save(record, folder)
+
+    monkeypatch.setattr(FeatureRecord, "save", save_later)
+    with pytest.raises(InputError, match=r"features\.json has --layer 1, but 2 is expected"):
+        extract(work, tmp_path / "out")
+
+
 def test_the_codec_computes_in_float32_under_bf16(work: Path, tmp_path: Path) -> None:
     extract(work, tmp_path, "--precision=bf16", videos="videos/a.mp4")
     difference = (VideoFeatures(tmp_path, precision="bf16")["a"].double() - expected(work, "a")).abs().mean()

@@ -136,6 +136,7 @@ def test_unusable_folders_are_refused(tmp_path: Path) -> None:
     RECORD.save(tmp_path)
     with pytest.raises(InputError, match="contains no features yet"):
         VideoFeatures(tmp_path)
+    (tmp_path / "features.json").unlink()
     replace(RECORD, format="pickle").save(tmp_path)
     with pytest.raises(InputError, match="pickled features, which VideoFeatures does not read"):
         VideoFeatures(tmp_path)
