@@ -220,6 +220,29 @@ def _claim(partial: Path, is_folder: bool) -> int | None:
 
 
 @contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a folder during the block, without a file in it; the folder is made if it is missing.
+
+    On a file system without locks, processes do not exclude each other.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            _lock(descriptor)
+        except BlockingIOError:
+            raise InputError(
+                f"another process is writing to {folder}: wait for it or stop it, or give another path."
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)  # the lock ends
+
+
+@contextmanager
 def process_lock(path: Path) -> Iterator[bool]:
     """Hold an exclusive lock on a file during the block; it is released when the process ends, even by a kill.
 

@@ -17,7 +17,7 @@ from gpdit_lightning.data.shard_entry import ShardEntry, Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import check_writable
+from gpdit_lightning.files import check_writable, folder_lock
 from gpdit_lightning.imports import did_you_mean
 from gpdit_lightning.media.image_tasks import EXISTING_PAIRS, TASKS, ImageTask, make_pair
 from gpdit_lightning.media.images import Size, parse_size, read_image, resize_and_crop
@@ -73,27 +73,28 @@ def _prepare_pairs(options: PreparePairsOptions) -> Manifest:
     all_pairs = find_pairs(options)
     pairs = _split_and_limit(all_pairs, options)
     preparation = _describe_preparation(options, task, [*pairs.training, *pairs.held_out])
-    if (options.out / FILE_NAME).exists():
-        return _existing_manifest(options.out, preparation, codec.spec())
-    latents = _encode(pairs, task, size, codec)
-    training, validation = _draw_sequences(pairs, options)
-    shards = _write_shards(options.out, {"train": training, "validation": validation}, latents, task, size)
-    held_out_hashes = {hash for pair in pairs.all_held_out for hash in pair.content_hashes}
-    manifest = Manifest(
-        directory=options.out,
-        codec=codec.spec(),
-        shards=shards,
-        preparation=preparation,
-        validation={
-            "held_out_by": _hold_out_rule(options),
-            "held_out": _shortest_distinct_paths(
-                image.path for pair in all_pairs for image in pair if image.content_hash in held_out_hashes
-            ),
-            "train_sources": len({pair for sequence in training for pair in sequence}),
-            "validation_sources": len(pairs.held_out),
-        },
-    )
-    manifest.save()
+    with folder_lock(options.out):
+        if (options.out / FILE_NAME).exists():
+            return _existing_manifest(options.out, preparation, codec.spec())
+        latents = _encode(pairs, task, size, codec)
+        training, validation = _draw_sequences(pairs, options)
+        shards = _write_shards(options.out, {"train": training, "validation": validation}, latents, task, size)
+        held_out_hashes = {hash for pair in pairs.all_held_out for hash in pair.content_hashes}
+        manifest = Manifest(
+            directory=options.out,
+            codec=codec.spec(),
+            shards=shards,
+            preparation=preparation,
+            validation={
+                "held_out_by": _hold_out_rule(options),
+                "held_out": _shortest_distinct_paths(
+                    image.path for pair in all_pairs for image in pair if image.content_hash in held_out_hashes
+                ),
+                "train_sources": len({pair for sequence in training for pair in sequence}),
+                "validation_sources": len(pairs.held_out),
+            },
+        )
+        manifest.save()
     return manifest
 
 

@@ -16,6 +16,7 @@ from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import folder_lock
 from gpdit_lightning.media.image_tasks import TASKS, make_pair
 from gpdit_lightning.media.images import read_image, resize_and_crop
 from gpdit_lightning.preparation import PreparePairsOptions, prepare_pairs
@@ -188,6 +189,14 @@ def test_an_existing_result_is_reused_or_refused(
     assert [entry.sha256 for entry in again.shards] == [entry.sha256 for entry in first.shards]
     other = prepare_pairs(replace(options, seed=1, out=options.out.with_name("other")))
     assert other.fingerprint() != first.fingerprint()
+
+
+def test_two_processes_do_not_write_to_one_folder(options: PreparePairsOptions) -> None:
+    """Each would delete the shards of the other as leftovers."""
+    with folder_lock(options.out), pytest.raises(InputError, match=f"another process is writing to {options.out}: "):
+        prepare_pairs(options)
+    assert not [*options.out.iterdir()]
+    assert prepare_pairs(options).shards
 
 
 def test_a_changed_image_of_the_same_name_and_size_is_detected(options: PreparePairsOptions) -> None:
