@@ -22,9 +22,10 @@ log = logging.getLogger(__name__)
 MAX_CHANGES = 20  # settings in a message
 OF_INITIAL_WEIGHTS = ("seed_everything", "model.init_args.initial_weights")  # have no effect after a checkpoint
 SAME_FOLDER = ("run_dir", "runs")  # the same folder may have other names
-# Settings in which ranks may differ: folders and files, whose content is compared, and what does not change the result.
+# Settings in which ranks may differ: folders and files, whose content is compared, what does not change the result, and
+# the seed of the initial weights, which each rank draws if it is true.
 OF_EACH_NODE = re.compile(
-    r"run_dir|runs|data_dir|data\.\w+\.manifests|data\.(cache|workers)\b.*|model\.init_args\.initial_weights|"
+    r"run_dir|runs|seed_everything|data_dir|data\.\w+\.manifests|data\.(cache|workers)\b.*|model\.init_args\.initial_weights|"
     r"trainer\.(logger|callbacks|profiler|default_root_dir)\b.*"
 )
 

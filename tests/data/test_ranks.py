@@ -68,15 +68,16 @@ class TwoRanks(OtherRank):
 
 
 def test_ranks_with_different_settings_end_before_the_first_step() -> None:
-    """With DDP their weights would diverge. Folders and workers may differ."""
+    """With DDP their weights would diverge. Folders and workers may differ, and random seeds of the weights."""
     recipe = {
         "run_dir": "/node0/run",
+        "seed_everything": 11,
         "model": {"init_args": {"optimizer": {"learning_rate": 1e-3, "betas": [0.9, 0.999]}}},
         "data": {"videos": {"manifests": ["/node0/latents"], "batch_size": 4}, "workers": 4},
         "trainer": {"max_steps": 6, "logger": None},
     }
     texts = [yaml.safe_dump(recipe)]
-    texts.append(texts[0].replace("node0", "node1").replace("workers: 4", "workers: 2"))
+    texts.append(texts[0].replace("node0", "node1").replace("workers: 4", "workers: 2").replace("11", "12"))
     texts += [texts[1].replace("0.001", "0.1"), texts[1].replace("max_steps: 6", "max_steps: 8")]
     trainer: Any = SimpleNamespace(strategy=TwoRanks(), world_size=2)
     module: Any = None
