@@ -24,13 +24,14 @@ _refused: list[str] = []  # import paths that were not imported
 
 
 @contextmanager
-def imports_of(classes: Mapping[str, Sequence[str]]) -> Iterator[None]:
+def imports_of(classes: Mapping[str, Sequence[str]], cure: str = "remove it") -> Iterator[None]:
     """Let values of options import code outside the library only if these classes name it; each import is logged.
 
     Outside of the block they import none.
 
     Args:
         classes: import paths by option, of :func:`outside_classes`.
+        cure: what the user should do about other code, for the message.
 
     Raises:
         InputError: parsing failed, and another import was refused.
@@ -42,10 +43,7 @@ def imports_of(classes: Mapping[str, Sequence[str]]) -> Iterator[None]:
     except InputError:
         if not _refused:
             raise
-        raise InputError(
-            f"{_refused[0]} is code outside this library, named where none is expected: remove it, or give it as "
-            "class_path of the model, or of a callback, logger, profiler, strategy, plugin or accelerator."
-        ) from None
+        raise InputError(f"{_refused[0]} is code outside this library, named where none is expected: {cure}.") from None
     finally:
         _allowed.clear()
 

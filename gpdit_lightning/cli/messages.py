@@ -21,6 +21,7 @@ EMPTY = "empty: give a value, or leave the option out"  # of a path
 # Nested lines of jsonargparse's reasons, which explain what a class path is.
 EXPECTED = r"Expected an? (.*?)(?:\. Got value: .*)?$|Not a valid (subclass of \w+)"
 EXPLANATIONS = ("a class path (str)", "a dict with")
+NO_SUBCLASS = "Import path does not correspond to a subclass"  # without the path
 
 
 class OptionHelp(DefaultHelpFormatter):
@@ -139,12 +140,14 @@ def relevant_part(message: str) -> str:
     """
     reasons: list[str] = []
     for line in message.splitlines():
-        if line.strip().startswith("- "):
-            reasons.append(line.strip()[2:])
+        if line.strip().startswith(("- ", "Expected a")):  # of a value that is a list in YAML, such as `-`, without -
+            reasons.append(line.strip().removeprefix("- "))
         elif reasons and line.startswith("      "):  # continues the reason
             reasons[-1] += f" {line.strip()}"
     no_cause = ("Expected a path but", "Does not validate against", "Not of type")
     relevant = [line for line in reasons if "NoneType" not in line and not line.startswith((*no_cause, *EXPLANATIONS))]
+    others = [line for line in relevant if not line.startswith(NO_SUBCLASS)]
+    relevant = others or relevant
     key = re.match(r'Parser key "([\w.]+)":', message)
     config = re.search(r"Unable to load config (?:'(.*)'|\"(.*)\")$", message, re.MULTILINE)
     if key and config:
@@ -155,7 +158,7 @@ def relevant_part(message: str) -> str:
         return f"{key[1]} is {config[1] or config[2]}; it must be {NAMES_WITH_VALUES}{reason}."
     if key and EMPTY in message:
         return f"--{key[1]} is {EMPTY}."
-    value = re.search(r"(?:Given value|Got value): (.*)", message)
+    value = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
     reasons_or_last_line = relevant or [message.split("\n  ")[-1]]
     expected = [re.match(EXPECTED, reason) for reason in reasons_or_last_line]
     kinds = list(dict.fromkeys(type_in_words(match[1] or match[2]) for match in expected if match))
@@ -172,7 +175,8 @@ def relevant_part(message: str) -> str:
     if required:
         names = [f"--{name}" for name in required[1].split(", ")]
         return f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'} missing: see --help."
-    sentence = " ".join((relevant[0] if relevant else message).split("Given value")[0].split())
+    causes = [reason for reason in relevant if not re.match(EXPECTED, reason)] or relevant or [message]
+    sentence = " ".join(causes[0].split("Given value")[0].split())
     return sentence.replace(PREFIX, "")
 
 

@@ -1,6 +1,7 @@
 """Code outside the library that a recipe names, which is imported only if the rest of the recipe is valid."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,9 +89,9 @@ def _parts(arguments: Sequence[str]) -> Iterator[_Part]:
         name, content = name.removeprefix("--"), dict[str, Any]()
         if name == "config" and value:
             content = load_yaml(value) if value.startswith("{") else read_yaml(Path(value))
-            content = _with_files(_nested(content), Path(value).parent)
+            content = _with_files(_absolute(_nested(content), Path(value).parent))
         elif name.partition(".")[0] in (MODEL, TRAINER):
-            content = _with_files(_nested({name.removesuffix("+"): _parsed(value)}), Path())
+            content = _with_files(_nested({name.removesuffix("+"): _parsed(value)}))
         yield _Part(given, name, content)
 
 
@@ -120,39 +121,42 @@ def _merged(first: Mapping[Any, Any], second: Mapping[Any, Any]) -> dict[Any, An
     return {**first, **second, **{name: _merged(first[name], second[name]) for name in both}}
 
 
-def _with_files(content: dict[Any, Any], folder: Path) -> dict[Any, Any]:
-    """Return content with that of the files which it names in the place of the trainer, of classes or of lists.
-
-    Args:
-        content: nested, of a recipe or an option.
-        folder: to which paths in it are relative.
-    """
+def _with_files(content: dict[Any, Any]) -> dict[Any, Any]:
+    """Return nested content with that of the files which it names in the place of the trainer, or of classes."""
     content = dict(content)
     if TRAINER in content:
-        trainer, inner = _read(content[TRAINER], folder)
-        if isinstance(trainer, dict):
-            names = [name for name in NAMES if name in trainer]
-            trainer = {**trainer, **{name: _classes_in_files(trainer[name], inner) for name in names}}
-        content[TRAINER] = trainer
+        trainer = content[TRAINER] = _read(content[TRAINER])
+        for name in NAMES if isinstance(trainer, dict) else ():
+            if name in trainer:
+                trainer[name] = _classes_in_files(trainer[name])
     if MODEL in content:
-        content[MODEL] = _classes_in_files(content[MODEL], folder)
+        content[MODEL] = _classes_in_files(content[MODEL])
     return content
 
 
-def _classes_in_files(value: Any, folder: Path) -> Any:
-    value, folder = _read(value, folder)
-    return [_read(item, folder)[0] for item in value] if isinstance(value, list) else value
+def _classes_in_files(value: Any) -> Any:
+    value = _read(value)
+    return [_read(item) for item in value] if isinstance(value, list) else value
 
 
-def _read(value: Any, folder: Path) -> tuple[Any, Path]:
-    """Return the content of the file that a value names, with the file's folder; another value as it is."""
-    if not isinstance(value, str) or not value or not (file := folder / value).is_file():
-        return value, folder
+def _read(value: Any) -> Any:
+    """Return the content of the file that a value names; another value as it is."""
+    if not isinstance(value, str) or not os.path.isfile(value):
+        return value
     try:
-        content = load_yaml(read_text(file))
+        content = load_yaml(read_text(value))
     except (OSError, InputError, yaml.YAMLError):
-        return value, folder
-    return _nested(content) if isinstance(content, dict) else content, file.parent
+        return value
+    return _absolute(_nested(content) if isinstance(content, dict) else content, Path(value).parent)
+
+
+def _absolute(value: Any, folder: Path) -> Any:
+    """Return a value of a file with absolute paths in the place of those of files relative to a folder."""
+    if isinstance(value, str) and value and os.path.isfile(file := os.path.join(folder, value)):
+        return os.path.abspath(file)
+    if isinstance(value, dict):
+        return {name: _absolute(item, folder) for name, item in value.items()}
+    return [_absolute(item, folder) for item in value] if isinstance(value, list) else value
 
 
 def _own(option: str, value: Any) -> Any:

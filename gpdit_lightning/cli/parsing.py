@@ -14,7 +14,7 @@ from gpdit_lightning.cli.arguments import LiteralNames, item_type, normalized, r
 from gpdit_lightning.cli.bounded_yaml import PARSER_MODE, use_bounded_yaml
 from gpdit_lightning.cli.checked_files import FileCheckingParser
 from gpdit_lightning.cli.failures import DEBUG
-from gpdit_lightning.cli.guarded_imports import guard_imports
+from gpdit_lightning.cli.guarded_imports import guard_imports, imports_of
 from gpdit_lightning.cli.messages import EMPTY, PREFIX, OptionHelp, one_sentence
 from gpdit_lightning.cli.recipe_files import AUTO, read_yaml, recipe_path, with_bases
 from gpdit_lightning.cli.value_checks import check_values
@@ -83,7 +83,8 @@ def parse(verb: str, description: str, record: type[Record], arguments: Sequence
     # The values of a recipe may be interpolations, and those of a printed configuration are shown as they are.
     is_literal = not issubclass(record, RecipeOptions) and not any(word.startswith("--print") for word in of_verb)
     names = LiteralNames() if is_literal else None
-    parsed = parser.parse_args(normalized(of_verb, record, names))
+    with imports_of({}):
+        parsed = parser.parse_args(normalized(of_verb, record, names))
     # Left out below, where jsonargparse would create the classes that a mapping names.
     mappings = {name: parsed.pop(name) for name in option_names(record) if isinstance(parsed.get(name), dict)}
     values = {**parser.instantiate(parsed).as_dict(), **_without_namespaces(mappings)}

@@ -52,6 +52,10 @@ from gpdit_lightning.training.callbacks.stalls import StallWatch
 log = logging.getLogger(__name__)
 
 NEVER = 2**40  # optimizer steps
+WHERE_CODE_IS_NAMED = (
+    "remove it, or give it as class_path of the model, or of a callback, logger, profiler, strategy, plugin or "
+    "accelerator"
+)
 
 # Warnings that do not apply to the runs of this library.
 IGNORED_WARNINGS = (
@@ -306,9 +310,9 @@ def _command_line(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) ->
         logging.getLogger(name).addFilter(_is_shown)
     words = without_earlier_manifests(with_bases(arguments))
     if outside := outside_classes(words):
-        with imports_of({}):
+        with imports_of({}, WHERE_CODE_IS_NAMED):
             _parse(ParsedRecipe, verb, without_options(words, outside))
-    with imports_of(outside):
+    with imports_of(outside, WHERE_CODE_IS_NAMED):
         return _parse(kind, verb, words)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, NoReturn
 
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from gpdit_lightning.cli import VERBS, record_of
@@ -14,6 +15,9 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.stages.classification import ClassificationConfig
 from gpdit_lightning.training.optimizer import OptimizerConfig
+
+# Lightning lets jsonargparse look for a file of options at each value that is an address, such as https://host/file.
+set_parsing_settings(config_read_mode_fsspec_enabled=False)
 
 # Records among the arguments of stages. Their fields are options of a nested parser, so they are not among `_actions`.
 NESTED_OPTIONS = {

@@ -29,6 +29,7 @@ from gpdit_lightning.model import GPDiT
 from gpdit_lightning.progress import progress_bar
 from gpdit_lightning.recalled_files import read_with_checksum, recalled, save_with_checksum
 from gpdit_lightning.schema import COUNT, LIST, Constraint, check, parse_json
+from gpdit_lightning.tensor_files import check_finite, is_finite
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def extract_layer_features(
         fps: frames per second to which videos are resampled; see :func:`gpdit_lightning.evaluation.videos.read_clip`.
 
     Raises:
-        InputError: codec or model do not accept `frames` or `size`, or no video can be read.
+        InputError: codec or model do not accept `frames` or `size`, no video can be read, or features are not finite.
     """
     codec.latent_frames(frames)
     codec.check_frame_size(*size)
@@ -106,12 +107,16 @@ def extract_layer_features(
         for start in range(0, len(videos), VIDEOS_PER_FILE):
             paths = videos[start : start + VIDEOS_PER_FILE]
             file = cache and cache / f"{_hash([settings, [_identity(path) for path in paths]])}.safetensors"
-            known = _FeatureBlock.recall(file) if file else None
+            known = _FeatureBlock.recall(file, (model.config.layers + 1, model.config.width)) if file else None
             if known:
                 block = known
                 bar.update(len(paths))
             else:
                 block = _FeatureBlock.compute(model, codec, readers.map(read, paths), batch_size, bar)
+                if not is_finite(block.features):
+                    raise InputError(
+                        "features are not finite, because of the weights of the model: use another checkpoint."
+                    )
                 if file:
                     block.save(file)
             for error in block.errors:
@@ -166,22 +171,26 @@ class _FeatureBlock(NamedTuple):
         return cls(torch.cat(features), indices, num_resampled, errors)
 
     @classmethod
-    def recall(cls, path: Path) -> Self | None:
-        """Read a file that :meth:`save` wrote; None if there is none, or, after a warning, if it is damaged.
+    def recall(cls, path: Path, shape: tuple[int, int]) -> Self | None:
+        """Read a file that :meth:`save` wrote, with features of a shape (L + 1, D) of each video.
+
+        Returns:
+            The results; None if there is no file, or, after a warning, if it is damaged.
 
         Raises:
             InputError: it is not a regular file.
             TransientError: it cannot be read for a reason other than its content.
         """
-        return recalled(path, cls._load)
+        return recalled(path, partial(cls._load, shape=shape))
 
     @classmethod
-    def _load(cls, path: Path) -> Self:
+    def _load(cls, path: Path, shape: tuple[int, int]) -> Self:
         tensors, metadata = read_with_checksum(path, ("notes",), COMPUTED_AGAIN, has_place=True)
         notes = parse_json(metadata["notes"].encode(), str(path), COMPUTED_AGAIN)
         check(notes, NOTES, "", str(path), COMPUTED_AGAIN)
-        if set(tensors) != {"features"} or tensors["features"].shape[:1] != (len(notes["places"]),):
+        if set(tensors) != {"features"} or tensors["features"].shape != (len(notes["places"]), *shape):
             raise InputError(f"{path} has no features of {len(notes['places'])} videos: {COMPUTED_AGAIN}.")
+        check_finite(tensors, str(path), COMPUTED_AGAIN)
         return cls(tensors["features"], notes["places"], notes["squeezed"], notes["faults"])
 
     def save(self, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -277,7 +278,7 @@ CALL = "{class_path: announced.Call}"
 @pytest.mark.parametrize(
     ("trainer", "words", "path"),
     [
-        ({"callbacks": ["call.yaml"]}, [], "announced.Call"),
+        ({"callbacks": ["call.yaml"]}, ["--config=sub/ema.yaml"], "announced.Call"),
         ({"callbacks": "call.yaml"}, [], "announced.Call"),
         ("trainer.yaml", [], "announced.Call"),
         ({}, ["--trainer.callbacks=call.yaml"], "announced.Call"),
@@ -313,6 +314,9 @@ def test_outside_code_is_announced_in_whatever_way_it_is_named(
         "dotted.yaml": f"trainer.callbacks: [{CALL}]",
     }.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "ema.yaml").write_text(f"ema: average.yaml\ntrainer.callbacks: {CALL}")  # relative to sub
+    (tmp_path / "sub" / "average.yaml").write_text("decay: 0.5")
     fit = ["fit", "--config=recipe.yaml", *words]
     assert main([*fit, "--ema.decay=abc"]) == 2
     assert not (tmp_path / "announced.imported").exists()
@@ -341,3 +345,33 @@ def test_outside_code_is_not_imported_where_no_class_is_expected(
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(tiny_shards, tmp_path / "run")))
     assert "announced.Call" in error_of([f"--config={tmp_path / 'recipe.yaml'}", *words], capsys)
     assert not (tmp_path / "announced.imported").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("trainer.deterministic=-", "trainer.deterministic is -; it must be true or false or one of warn."),
+        ("trainer.plugins=[logging.Logger]", "it must be the import path of a subclass of Precision or "),
+        ("trainer.callbacks={class_path: LearningRateMonitor, dict_kwargs: {x: 1}}", "unexpected keyword argument 'x'"),
+    ],
+)
+def test_a_value_of_the_trainer_is_refused_without_types_of_python(
+    option: str, sentence: str, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(tiny_shards, tmp_path / "run")))
+    message = error_of([f"--config={tmp_path / 'recipe.yaml'}", f"--{option}"], capsys)
+    assert sentence in message
+    assert "<class" not in message
+
+
+def test_an_address_in_the_place_of_a_class_is_not_opened(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(tiny_shards, tmp_path / "run")))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/logger.yaml"
+        message = error_of([f"--config={tmp_path / 'recipe.yaml'}", f"--trainer.logger={address}"], capsys)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert f"trainer.logger '{address}' is not known" in message

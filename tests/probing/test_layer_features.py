@@ -18,6 +18,7 @@ from gpdit_lightning.evaluation.videos import read_clip
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.probing import layer_features
 from gpdit_lightning.probing.layer_features import LayerFeatures, extract_layer_features
+from gpdit_lightning.recalled_files import read_with_checksum, save_with_checksum
 
 CODEC = load_codec("pca")
 SIZE = (16, 32)
@@ -133,3 +134,23 @@ def test_a_stopped_run_resumes_from_the_cache(
     other.output.weight.data += 1
     extract(other, videos, cache=tmp_path)  # other weights
     assert len(read) == 5
+
+
+@pytest.mark.parametrize("change", [lambda features: features[:, :1], lambda features: features * torch.inf])
+def test_features_of_another_shape_or_not_finite_are_computed_again(
+    change: Callable[[Tensor], Tensor], model: GPDiT, videos: list[Path], tmp_path: Path
+) -> None:
+    expected = extract(model, videos[:1], cache=tmp_path)
+    (file,) = tmp_path.iterdir()
+    tensors, metadata = read_with_checksum(file, ("notes",), "", has_place=True)
+    metadata = {"notes": metadata["notes"]}
+    save_with_checksum(file, {"features": change(tensors["features"])}, metadata, place=file)  # with a valid checksum
+    assert (extract(model, videos[:1], cache=tmp_path).features == expected.features).all()
+
+
+def test_features_that_are_not_finite_are_refused(model: GPDiT, videos: list[Path]) -> None:
+    large = GPDiT(model.config).eval()
+    for parameter in large.parameters():
+        parameter.data.fill_(3e38)
+    with pytest.raises(InputError, match="features are not finite, because of the weights of the model"):
+        extract(large, videos[:1])
