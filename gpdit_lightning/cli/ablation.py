@@ -291,12 +291,14 @@ def difference(saved: Any, current: Any) -> str:
     Values that the saved one does not have are options of a later version of the library, and do not count.
     """
     later = object()
-    different = (entry for entry in differences(saved, current, absent=later) if entry[1] is not later)
+    entries = (
+        (*entry[:2], None if entry[2] is later else entry[2]) for entry in differences(saved, current, absent=later)
+    )
+    different = (entry for entry in entries if entry[1] is not later and entry[1] != entry[2])
     name, before, now = next(different, ("", None, None))
     section, _, inner = name.partition(".")
     if section == "data":  # fingerprints of the folders
         return f"content of {inner}"
-    now = None if now is later else now
     return name and f"{inner or f'--{name}'} ({json.dumps(before)} instead of {json.dumps(now)})"
 
 
