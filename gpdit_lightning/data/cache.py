@@ -117,17 +117,22 @@ class ShardCache:
         )
 
     def remove_if_damaged(self, file: RemoteFile) -> bool:
-        """Remove the copy of a file if its hash is wrong or it cannot be read; return whether it was removed."""
+        """Remove the copy of a file if its hash is wrong or it cannot be read; return whether it was removed.
+
+        Raises:
+            InputError: it cannot be removed.
+        """
         path = self._path(file)
         try:
             if sha256_of(path) == file.sha256:
                 return False
         except FileNotFoundError:
             return False
-        except OSError:  # a read error of the disk
+        except (OSError, InputError):  # a read error of the disk, or not a regular file
             pass
         log.warning("the copy of %s at %s is damaged or cannot be read, and will be fetched again.", file.url, path)
-        path.unlink(missing_ok=True)
+        with self._explain_write_errors(file):
+            path.unlink(missing_ok=True)
         return True
 
     def prefetch(self, files: Sequence[RemoteFile]) -> None:

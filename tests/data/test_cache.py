@@ -759,3 +759,20 @@ def test_a_shard_with_other_content_at_its_source_is_replaced(
         assert sample.metadata == bucket.read(0).metadata
         assert sample.damaged == (f"sample 0 of {url}/{shards[1].path}",)
     assert server.gets[changed] == 3
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
+def test_a_copy_that_is_no_regular_file_is_removed_or_named(
+    server: Server, cache: ShardCache, make: Callable[[Path], None]
+) -> None:
+    """A folder cannot be removed like a file, nor can a copy in a folder that is not writable."""
+    file = server.add("a.tar")
+    path = cache.fetch(file)
+    path.unlink()
+    make(path)
+    if path.is_dir():
+        with pytest.raises(InputError, match=f"a copy of .*a.tar cannot be written to {cache.directory} .*: set"):
+            cache.remove_if_damaged(file)
+    else:
+        assert cache.remove_if_damaged(file)
+        assert cache.fetch(file).read_bytes() == content_of(server, file)
