@@ -2,6 +2,7 @@
 
 import errno
 import linecache
+import os
 import re
 import sys
 import sysconfig
@@ -92,6 +93,9 @@ def known_cause(error: Exception, less_memory: str | None = None) -> str | None:
         return f"{path}: {error.strerror}: {CURES[error.errno]}."
     if isinstance(error, ImportError) and LACKS_MEMORY.search(str(error)):
         return f"memory ran out while the program started ({error}): raise the limit of memory (ulimit -v)."
+    if isinstance(error, ValueError) and str(error).startswith("Key backend: "):  # matplotlib, at its import
+        backend = os.environ.get("MPLBACKEND")
+        return f"the environment variable MPLBACKEND is {backend!r}, which matplotlib does not know: unset it."
     if type(error).__name__ == "MisconfigurationException":  # of Lightning, which most verbs do not import
         return f"the trainer cannot be used with these settings: {message_line(error)}"
     if isinstance(error, RuntimeError | MemoryError):

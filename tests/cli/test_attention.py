@@ -1,5 +1,8 @@
 """`attention`: the figure of any recipe."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,11 @@ def test_wrong_options_are_refused(
     assert main(["attention", "--config", f"gpdit:{recipe}", "--out", str(path), *options]) == 2
     assert message in capsys.readouterr().err
     assert not path.exists()
+
+
+def test_an_unknown_backend_of_matplotlib_is_named(tmp_path: Path) -> None:
+    words = ["attention", "--config=gpdit:stage2_mixed", "--frames=2", f"--out={tmp_path / 'a.png'}"]
+    command = [sys.executable, "-m", "gpdit_lightning", *words]
+    ended = subprocess.run(command, env=os.environ | {"MPLBACKEND": "x"}, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "error: the environment variable MPLBACKEND is 'x'" in ended.stderr
