@@ -253,7 +253,7 @@ def record_ablation(ablation: Ablation, writes: bool = True) -> Ablation:
     saved: dict[str, Any] = read_record(path) if path.exists() else {"arms": {}}
     if not path.exists() and options.out.exists() and {file.name for file in options.out.iterdir()} - {LOCK}:
         raise InputError(f"{options.out} has files, but no {RECORD} of an ablation: give another --out.")
-    if path.exists() and (changed := difference({**saved, "arms": None}, settings)):
+    if path.exists() and (changed := difference({name: saved[name] for name in settings}, settings)):
         raise InputError(
             f"{options.out} has an ablation with another {changed}: give another --out, or the settings in {path}."
         )
@@ -291,14 +291,12 @@ def difference(saved: Any, current: Any) -> str:
     Values that the saved one does not have are options of a later version of the library, and do not count.
     """
     later = object()
-    entries = (
-        (*entry[:2], None if entry[2] is later else entry[2]) for entry in differences(saved, current, absent=later)
-    )
-    different = (entry for entry in entries if entry[1] is not later and entry[1] != entry[2])
+    different = (entry for entry in differences(saved, current, absent=later) if entry[1] is not later)
     name, before, now = next(different, ("", None, None))
     section, _, inner = name.partition(".")
     if section == "data":  # fingerprints of the folders
         return f"content of {inner}"
+    now = None if now is later else now
     return name and f"{inner or f'--{name}'} ({json.dumps(before)} instead of {json.dumps(now)})"
 
 
