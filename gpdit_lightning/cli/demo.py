@@ -140,9 +140,8 @@ def check_run_dir(run_dir: Path, videos: Path | None) -> None:
     if found["version"] != VERSION:
         raise InputError(f"{run_dir} holds a demo that was begun by another version of this package: {cure}.")
     if found != recorded(videos):
-        raise InputError(
-            f"{run_dir} holds the demo of {found['videos'] or 'the digits'}, not of {videos or 'the digits'}: {cure}."
-        )
+        other = found.get("videos") or "the digits"
+        raise InputError(f"{run_dir} holds the demo of {other}, not of {videos or 'the digits'}: {cure}.")
 
 
 def record_demo(run_dir: Path, videos: Path | None) -> None:

@@ -1,6 +1,7 @@
 """Input files of a preparation: their names, splits, captions and labels."""
 
 import hashlib
+import json
 import os
 import re
 from collections import defaultdict
@@ -66,6 +67,11 @@ class InputFile:
     def annotation(self) -> dict[str, Any]:
         """Label and captions as metadata of a sample."""
         return annotation_metadata(self.label, self.captions)
+
+    @property
+    def annotation_hash(self) -> str:
+        """16 hexadecimal digits that change with label and captions, for a tar with the label of the tar."""
+        return hashlib.sha256(json.dumps(self.annotation, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def annotation_metadata(label: str | None, captions: Sequence[str]) -> dict[str, Any]:

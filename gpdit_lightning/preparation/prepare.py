@@ -56,8 +56,8 @@ def prepare(options: PrepareOptions) -> Manifest | None:
         The manifest; None if other processes are still encoding. The last of them writes the manifest.
 
     Raises:
-        InputError: an option is invalid; no input file is found or usable; an input file changed after it was encoded;
-            or the output folder contains other data, is full or is not writable.
+        InputError: an option is invalid; no input file is found or usable; an input file, or its label or captions,
+            changed after it was encoded; or the output folder contains other data, is full or is not writable.
     """
     check_options(options)
     records = Records(options.out)
@@ -133,7 +133,7 @@ def _files_to_encode(options: PrepareOptions, records: Records, inputs: Inputs) 
     """Return the files that are in no part, and the files without samples that are to be retried.
 
     Raises:
-        InputError: an encoded file has changed, or has another name now.
+        InputError: an encoded file has changed, or has another name, label or captions now.
     """
     latest, without_samples, to_retry = records.latest_parts, set(), set()
     for part, result in records.results.items():
@@ -157,6 +157,11 @@ def _files_to_encode(options: PrepareOptions, records: Records, inputs: Inputs) 
             raise InputError(
                 f"{file.path} has {file.bytes} bytes but had {before.bytes} when it was encoded for {options.out}: "
                 "rename it, or give another --out."
+            )
+        elif file.name not in without_samples and before.annotation not in (None, file.annotation_hash):
+            raise InputError(
+                f"{file.path} has another label or other captions than when it was encoded for {options.out}: give the "
+                "same --annotations as before, or another --out."
             )
     return new
 

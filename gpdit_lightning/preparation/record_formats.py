@@ -24,7 +24,11 @@ FILE_SCHEMA: dict[str, Any] = {
     **{"name": TEXT, "kind": one_of(*get_args(Kind)), "split": SPLIT_OR_NULL, "bytes": COUNT},
     **{"place": TEXT, "reason": TEXT},
 }
-OPTIONAL_FILE_SCHEMA: dict[str, Any] = {"hashed": one_of(*get_args(HashedValue)), "is_tar": FLAG}
+OPTIONAL_FILE_SCHEMA: dict[str, Any] = {
+    "hashed": one_of(*get_args(HashedValue)),
+    "is_tar": FLAG,
+    "annotation": TEXT,
+}
 LEFT_OUT_SCHEMA: dict[str, Any] = {"source": TEXT, "reason": TEXT}
 RESULT_SCHEMA: dict[str, Any] = {
     **{"shards": LIST, "used": dict.fromkeys(get_args(Split), COUNT), "labels": TEXTS},
@@ -96,6 +100,8 @@ class RecordedFile:
     hashed: HashedValue = "name"
     """For a tar: what is hashed to hold out its images. Records of older versions lack it."""
     is_tar: bool = False
+    annotation: str | None = None
+    """`InputFile.annotation_hash`. Records of older versions lack it."""
 
     @property
     def format(self) -> FileFormat:
@@ -106,7 +112,15 @@ class RecordedFile:
     def from_input_file(cls, file: InputFile) -> "RecordedFile":
         """Return the record of an input file."""
         return cls(
-            file.name, file.kind, file.split, file.bytes, file.path_hash, file.reason, file.hashed, file.format == "tar"
+            name=file.name,
+            kind=file.kind,
+            split=file.split,
+            bytes=file.bytes,
+            path_hash=file.path_hash,
+            reason=file.reason,
+            hashed=file.hashed,
+            is_tar=file.format == "tar",
+            annotation=file.annotation_hash,
         )
 
     @classmethod
@@ -125,6 +139,8 @@ class RecordedFile:
             del values["hashed"]
         if self.is_tar == (self.split is None):
             del values["is_tar"]
+        if self.annotation is None:
+            del values["annotation"]
         return json.dumps(values, ensure_ascii=False)
 
     def input_file(self, current: InputFile | None) -> InputFile:

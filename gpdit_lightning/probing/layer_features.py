@@ -24,6 +24,7 @@ from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.evaluation.videos import read_clip
 from gpdit_lightning.files import atomic_write
+from gpdit_lightning.hashes import content_identity
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.progress import progress_bar
@@ -221,12 +222,18 @@ def _mean_features(model: GPDiT, codec: Codec, pixels: Tensor) -> Tensor:
     return torch.stack([layers[layer].float().mean((1, 2)) for layer in sorted(layers)], dim=1).cpu()
 
 
-def _identity(path: Path) -> tuple[str, int, int]:
-    """Return path, size and modification time of a file, which change with its content; zeros if it does not exist."""
-    if not path.exists():
-        return str(path), 0, 0
-    status = path.stat()
-    return str(path.resolve()), status.st_size, status.st_mtime_ns
+def _identity(path: Path) -> tuple[str, str]:
+    """Return the path of a file and a hash that changes with its content, which is empty if it cannot be read.
+
+    Raises:
+        TransientError: it could not be read for a reason other than its content.
+    """
+    try:
+        return str(path.resolve()), content_identity(path)
+    except TransientError:
+        raise
+    except InputError:  # `_read` gives the reason
+        return str(path.resolve()), ""
 
 
 def _hash(value: object) -> str:

@@ -94,6 +94,12 @@ def test_demo_of_an_earlier_version_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert [path.name for path in tmp_path.iterdir()] == ["movies"]
 
 
+def test_a_record_without_its_videos_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "demo.json").write_text(json.dumps({"version": demo.VERSION}))
+    assert main(["demo", "--run_dir", str(tmp_path), "--videos", str(tmp_path)]) == 2
+    assert f"{tmp_path} holds the demo of the digits, not of {tmp_path}: remove" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("lengths", "said"), [((60,), "too few videos:"), ((60, 20), "videos of 49 or more frames")])
 def test_too_few_videos_are_refused_before_training(
     lengths: tuple[int, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

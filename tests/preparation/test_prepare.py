@@ -313,6 +313,27 @@ def test_a_finished_folder_is_reused_and_never_overwritten(
         prepare(replace(options, videos=[videos / "ball"]))
 
 
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("changed", ["label", "caption"])
+def test_another_annotation_of_an_encoded_file_is_refused(
+    changed: str, finished: bool, options: PrepareOptions, tmp_path: Path
+) -> None:
+    table = tmp_path / "table.jsonl"
+    row = {"source": "dog/v_0_c0.mp4", "label": "dog", "caption": "a dog"}
+    table.write_text(json.dumps(row))
+    annotated = replace(options, annotations=[table])
+    first = prepared(annotated)
+    if not finished:
+        (options.out / "manifest.json").unlink()
+        (options.out / "preparation" / "part-00000.json").unlink()
+    for content in (json.dumps(row | {changed: "other"}), json.dumps({"source": "new.mp4", "label": "dog"})):
+        table.write_text(content)
+        with pytest.raises(InputError, match=r"v_0_c0\.mp4 has another label or other captions than when it was enc"):
+            prepare(annotated)
+    table.write_text(f"{json.dumps({'source': 'new.mp4', 'label': 'new'})}\n{json.dumps(row)}")
+    assert prepared(annotated).shards == first.shards
+
+
 def test_shards_without_records_are_refused(options: PrepareOptions) -> None:
     options.out.mkdir()
     (options.out / "train-video-2x2x3-00000-00000.tar").write_text("unknown content")

@@ -1,6 +1,8 @@
 """Features of every layer and their cache."""
 
 import logging
+import os
+import struct
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +136,22 @@ def test_a_stopped_run_resumes_from_the_cache(
     other.output.weight.data += 1
     extract(other, videos, cache=tmp_path)  # other weights
     assert len(read) == 5
+
+
+def test_features_of_a_replaced_video_of_equal_size_and_time_are_computed_again(
+    model: GPDiT, videos: list[Path], tmp_path: Path
+) -> None:
+    size = 8 + max(path.stat().st_size for path in videos[:2])
+    # Boxes that decoders skip make both files equally long.
+    contents = [path.read_bytes() + struct.pack(">I4s", size - path.stat().st_size, b"free") for path in videos[:2]]
+    video, cache = tmp_path / "video.mp4", tmp_path / "cache"
+    results = []
+    for content in contents:
+        video.write_bytes(content.ljust(size, b"\0"))
+        os.utime(video, (0, 0))
+        results.append(extract(model, [video], cache=cache).features)
+        assert (results[-1] == extract(model, [video]).features).all()
+    assert (results[0] != results[1]).any()
 
 
 @pytest.mark.parametrize("change", [lambda features: features[:, :1], lambda features: features * torch.inf])
