@@ -6,6 +6,7 @@ with `read_text`.
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ MAX_BYTES = 2**20
 MAX_DEPTH = 32
 MAX_NODES = 50_000  # with each alias counted as what it stands for
 MAX_KEYS = 1000  # of one mapping
-MAX_DIGITS = 400  # of a number; a float has at most 309
+MAX_DIGITS = 256  # of a number; as a hexadecimal one it is below 2^1024, the limit of a float
 MAX_INTERPOLATED = 4096  # characters of a scalar with ${...}, which takes milliseconds per interpolation to parse
 
 MERGE_KEY = "<<"
@@ -149,6 +150,11 @@ def _count_item(parent: _Collection, scalar: str | None, line: int) -> None:
         parent.keys.add(scalar)
 
 
+def _load_scalar(text: str, load: Callable[[str], Any] = _loaders_dumpers.load_basic) -> Any:
+    """Return the number or word of YAML that a text is, by jsonargparse's short way; leave long texts to `load_yaml`."""
+    return load(text) if len(text) <= MAX_DIGITS else _loaders_dumpers.not_loaded
+
+
 def _read_text(self: jsonargparse.Path) -> str:
     return read_text(self.absolute)
 
@@ -161,4 +167,5 @@ def use_bounded_yaml() -> None:
     """
     jsonargparse.set_loader(PARSER_MODE, load_yaml, (yaml.YAMLError,))
     _loaders_dumpers.yaml_load = load_yaml
+    _loaders_dumpers.load_basic = _load_scalar
     jsonargparse.Path.read_text = _read_text  # type: ignore[method-assign]

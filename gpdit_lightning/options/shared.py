@@ -83,25 +83,30 @@ def _is_required(record: Any, name: str) -> bool:
 
 
 def _accepts(hint: Any, value: Any) -> bool:
-    """Return whether a value is of a type: number, truth value, text, path, named choice, None, or a sequence of these.
+    """Return whether a value is of a type: number, truth value, text, path, named choice, sequence, mapping, record.
 
-    Others are not checked. NumPy's numbers are numbers, and truth values are none. A path may be a text, and a text in
-    a sequence a path; one of either may stand for a sequence.
+    NumPy's numbers are numbers, and truth values are none. A path may be a text, and a text in a sequence a path; one
+    of either may stand for a sequence. What a mapping contains is not checked.
     """
-    if get_origin(hint) in (Union, UnionType):
-        return any(_accepts(part, value) for part in get_args(hint))
-    if get_origin(hint) is Literal:
-        return any(type(value) is type(name) and value == name for name in get_args(hint))
-    if get_origin(hint) is Sequence:
-        (item,) = get_args(hint)
+    origin, members = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_accepts(part, value) for part in members)
+    if origin is Literal:
+        return any(type(value) is type(name) and value == name for name in members)
+    if origin is Sequence:
+        (item,) = members
         if isinstance(value, str | Path):
             return item in (str, Path)
-        return isinstance(value, Sequence) and all(_accepts(str | Path if item is str else item, v) for v in value)
+        is_sequence = isinstance(value, Sequence) and not isinstance(value, bytes)
+        return is_sequence and all(_accepts(str | Path if item is str else item, v) for v in value)
+    if origin is tuple:
+        is_sequence = isinstance(value, list | tuple) and len(value) == len(members)
+        return is_sequence and all(map(_accepts, members, value))
     if hint is Path:
         return isinstance(value, str | Path)
     if hint in (int, float):
         return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-    return hint not in (bool, str, NoneType) or isinstance(value, hint)
+    return hint is Any or isinstance(value, origin or hint)
 
 
 class OptionRecord:
@@ -114,8 +119,10 @@ class OptionRecord:
     NO_PATHS: ClassVar[Collection[str]] = ("data_dir", "overrides", "label", "source_pattern", "group_pattern")
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            value, types = getattr(self, name), (hint, *get_args(hint))
+        hints = get_type_hints(type(self))
+        for name in names_of(type(self)):
+            hint, value = hints[name], getattr(self, name)
+            types = (hint, *get_args(hint))
             items = value if isinstance(value, list | tuple) else [value]
             for item in items:
                 if isinstance(item, str | Path) and name not in self.NO_PATHS:

@@ -113,7 +113,7 @@ def test_a_missing_base_is_named_with_the_recipe_that_needs_it(tmp_path: Path) -
 BOMB = "[&a0 [1, 1]" + "".join(f", &a{n} [{f'*a{n - 1},' * 9}]" for n in range(1, 20)) + "]"
 
 
-@pytest.mark.parametrize("text", [BOMB, "[" * 5000, "0x" + "F" * 5000, "1" + ":59" * 3000, "9" * 5000])
+@pytest.mark.parametrize("text", [BOMB, "[" * 5000, "0x" + "F" * 5000, "1" + ":59" * 3000, "9" * 5000, "9" * 310])
 @pytest.mark.parametrize("option", ["trainer.max_steps", "trainer.gradient_clip_val", "data.context_dropout"])
 def test_text_that_is_no_value_of_its_option_is_loaded_within_the_same_bounds(
     option: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
