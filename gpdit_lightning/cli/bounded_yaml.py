@@ -151,7 +151,7 @@ def _count_item(parent: _Collection, scalar: str | None, line: int) -> None:
 
 
 def _load_scalar(text: str, load: Callable[[str], Any] = _loaders_dumpers.load_basic) -> Any:
-    """Return the number or word of YAML that a text is, by jsonargparse's short way; leave long texts to `load_yaml`."""
+    """Return the number or word of YAML that a text is, by a short way; leave long texts to `load_yaml`."""
     return load(text) if len(text) <= MAX_DIGITS else _loaders_dumpers.not_loaded
 
 

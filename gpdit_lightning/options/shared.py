@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, fields
 from inspect import formatannotation
 from numbers import Integral, Real
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from gpdit_lightning.errors import InputError

@@ -53,9 +53,9 @@ def test_a_value_of_another_type_is_refused(option: str, value: Any, kind: str) 
 def test_a_value_in_the_place_of_a_mapping_or_a_record_is_refused() -> None:
     with pytest.raises(InputError, match=r"--arms is 'x'; it must be of type .*Mapping"):
         AblateOptions(config="gpdit:tiny", arms="x", out=Path("a"))  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="--overrides is None; it must be of type .*Mapping"):
+    with pytest.raises(InputError, match=r"--overrides is None; it must be of type .*Mapping"):
         EstimateOptions(config="gpdit:tiny", overrides=None)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="--video_network is 'x'; it must be of type .*NetworkOptions"):
+    with pytest.raises(InputError, match=r"--video_network is 'x'; it must be of type .*NetworkOptions"):
         EvaluateOptions(checkpoint="a", videos="b", video_network="x", out=Path("c"))  # type: ignore[arg-type]
 
 
