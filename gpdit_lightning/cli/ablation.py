@@ -12,6 +12,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint
+from gpdit_lightning.checkpoints.reading import find_weights, sha256_of_weights
 from gpdit_lightning.cli.estimated_recipe import estimated_recipe
 from gpdit_lightning.cli.messages import names_unknown_option
 from gpdit_lightning.cli.parsing import option_names
@@ -43,6 +44,7 @@ from gpdit_lightning.schema import (
 from gpdit_lightning.training.callbacks.ablation import AblationRecord, StepSeconds, record_in
 
 RECORD, LOCK = "ablation.json", "lock"
+WEIGHTS = "initial_weights"  # key of the record; those of earlier versions lack it
 SCHEMA = {"base": OBJECT, "budget": TEXT, "validations": COUNT, "data": OBJECT, "arms": OBJECT}
 # Options that the budget, the seeds and the folder determine.
 DETERMINED = ("base", "runs", "run_dir", "seed_everything", "data.seed", "trainer.max_steps", "validate_every_steps")
@@ -241,7 +243,8 @@ def record_ablation(ablation: Ablation, writes: bool = True) -> Ablation:
         the ablation with the steps of the record or, for the budget `time` and arms that are not in it, of a trial.
 
     Raises:
-        InputError: the folder has another ablation, or an arm of the same name with other overrides.
+        InputError: the folder has another ablation, one from other initial weights, or an arm of the same name with
+            other overrides.
     """
     options, path = ablation.options, ablation.options.out / RECORD
     settings = {
@@ -251,9 +254,10 @@ def record_ablation(ablation: Ablation, writes: bool = True) -> Ablation:
         "data": data_of(ablation.base),
     }
     saved: dict[str, Any] = read_record(path) if path.exists() else {"arms": {}}
+    settings[WEIGHTS] = saved.get(WEIGHTS, {}) | initial_weights_of(ablation)
     if not path.exists() and options.out.exists() and {file.name for file in options.out.iterdir()} - {LOCK}:
         raise InputError(f"{options.out} has files, but no {RECORD} of an ablation: give another --out.")
-    if path.exists() and (changed := difference({name: saved[name] for name in settings}, settings)):
+    if path.exists() and (changed := difference({name: saved[name] for name in settings if name in saved}, settings)):
         raise InputError(
             f"{options.out} has an ablation with another {changed}: give another --out, or the settings in {path}."
         )
@@ -278,6 +282,17 @@ def record_ablation(ablation: Ablation, writes: bool = True) -> Ablation:
     return replace(ablation, arms=found)
 
 
+def initial_weights_of(ablation: Ablation) -> dict[str, str]:
+    """Return the sha256 of all initial weights by path, except for those that cannot be read, which the runs report."""
+    hashes = {}
+    for settings in (ablation.base, *(arm.settings for arm in ablation.arms if arm.settings is not None)):
+        path = settings.model.init_args.get("initial_weights")
+        if path and path not in hashes:
+            with suppress(InputError, OSError):
+                hashes[path] = sha256_of_weights(find_weights(path))
+    return hashes
+
+
 def with_steps(arm: Arm, steps: Mapping[str, int]) -> RunCosts | None:
     """Return the costs of an arm with the number of steps in a table, if it has an entry."""
     if arm.costs is None:
@@ -294,7 +309,7 @@ def difference(saved: Any, current: Any) -> str:
     different = (entry for entry in differences(saved, current, absent=later) if entry[1] is not later)
     name, before, now = next(different, ("", None, None))
     section, _, inner = name.partition(".")
-    if section == "data":  # fingerprints of the folders
+    if section in ("data", WEIGHTS):  # fingerprints of folders and files
         return f"content of {inner}"
     now = None if now is later else now
     return name and f"{inner or f'--{name}'} ({json.dumps(before)} instead of {json.dumps(now)})"
@@ -333,6 +348,7 @@ def read_record(path: Path) -> dict[str, Any]:
     check(content, SCHEMA, "", str(path), cure)
     check_content_hash(content, str(path), cure)
     content.pop(CONTENT_HASH, None)
+    check(content.get(WEIGHTS, {}), OBJECT, WEIGHTS, str(path), cure)
     for name, arm in content["arms"].items():
         check(arm, {"overrides": OBJECT, "steps": COUNT}, f"arms.{name}", str(path), cure)
     return dict(content)

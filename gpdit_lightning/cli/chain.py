@@ -22,8 +22,9 @@ from gpdit_lightning.checkpoints.files import CHECKPOINTS, damaged_checkpoints, 
 from gpdit_lightning.checkpoints.marks import checkpoint_sha256
 from gpdit_lightning.cli import fit
 from gpdit_lightning.cli.failures import DEBUG
-from gpdit_lightning.cli.recipe_cli import parse_recipe
+from gpdit_lightning.cli.recipe_cli import parse_recipe, recipe_text
 from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path
+from gpdit_lightning.cli.saved_recipe import log_changes
 from gpdit_lightning.cli.trainer_settings import check_steps
 from gpdit_lightning.data.selection import (
     Selection,
@@ -38,6 +39,7 @@ from gpdit_lightning.options.chain import ChainOptions
 from gpdit_lightning.options.shared import RecipeOptions
 from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
 from gpdit_lightning.training.internals import launched_processes
+from gpdit_lightning.training.run_folder import RECIPE
 
 PRINT_CONFIG = "--print_config"
 
@@ -112,6 +114,7 @@ def chain(options: ChainOptions) -> None:
         if step >= stage.steps:
             other = ", on other data (to train on these, give --runs NEW)" if changed else ""
             print_once(f"{stage.name}: finished at step {step}{other}")
+            log_unused_changes(stage)
             continue
         print_once(f"{stage.name}: {f'resumes from step {step}' if step else 'begins'}")
         trainer = fit.fit(stage.recipe)
@@ -295,6 +298,13 @@ def check(stages: Sequence[Stage]) -> None:
                 f"{stage.run_dir} is at step {step} of {stage.steps}{reason}, but {following.run_dir} has begun from "
                 f"it: {cure}, or set trainer.max_steps to {step}."
             )
+
+
+@rank_zero_only
+def log_unused_changes(stage: Stage) -> None:
+    """Log the settings of a finished stage that have changed since it was trained, on the first rank only."""
+    recipe = recipe_text("fit", stage.recipe.fit_arguments)
+    log_changes(Path(stage.run_dir, RECIPE), recipe, is_finished=True)
 
 
 @rank_zero_only

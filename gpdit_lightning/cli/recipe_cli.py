@@ -227,7 +227,7 @@ class RecipeCLI(LightningCLI):
             self.config_init["preview"],
             scores,
             self.config_init["checkpoint"],
-            SaveRecipe(self._recipe_text()),
+            SaveRecipe(self.recipe_text()),
         ]
         check_repeated(from_recipe, of_library)
         return [
@@ -236,7 +236,7 @@ class RecipeCLI(LightningCLI):
             *from_recipe,
         ]
 
-    def _recipe_text(self) -> str:
+    def recipe_text(self) -> str:
         """Return the resolved recipe as YAML: it needs no other file and can be used with another `--run_dir`."""
         recipe = self.config.clone()
         recipe.base = []  # already merged
@@ -281,6 +281,11 @@ def parse_recipe(verb: str, arguments: Sequence[str]) -> Namespace:
         InputError: the recipe is invalid.
     """
     return _command_line(ParsedRecipe, verb, arguments).config
+
+
+def recipe_text(verb: str, arguments: Sequence[str]) -> str:
+    """Return a resolved recipe as the YAML that a run saves; arguments and errors as in :func:`parse_recipe`."""
+    return _command_line(ParsedRecipe, verb, arguments).recipe_text()
 
 
 def build_recipe(verb: str, arguments: Sequence[str]) -> RecipeCLI:

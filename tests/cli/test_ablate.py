@@ -143,6 +143,31 @@ def test_a_killed_ablation_that_is_run_again_equals_an_uninterrupted_one(
         assert "restore it, or give another --out" in error
 
 
+def test_an_ablation_from_other_initial_weights_is_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the base recipe or of an arm; arms may be added and left out."""
+    weights, others = "model.init_args.initial_weights", tmp_path / "others"
+    for name, seed in (("w.1", 0), ("w.2", 1), ("others", 2)):
+        fit = ["fit", f"--config={base}", f"--run_dir={tmp_path / name}", "--trainer.max_steps=1"]
+        assert main([*fit, f"--seed_everything={seed}"]) == 0
+    path = write_ablation(base, {"a": {}, "b": {weights: str(tmp_path / "w.2")}}, seeds=[0])
+    command = ["ablate", f"--config={path}", f"--out={tmp_path / 'out'}", f"--{weights}={tmp_path / 'w.1'}"]
+    command.append("--trainer.max_steps=1")
+    assert main(command) == 0
+    for name in ("w.1", "w.2"):
+        kept = (tmp_path / name).rename(tmp_path / "kept")
+        shutil.copytree(others, tmp_path / name)
+        capsys.readouterr()
+        assert main(command) == 2
+        assert f"has an ablation with another content of {tmp_path / name}: give another" in capsys.readouterr().err
+        shutil.rmtree(tmp_path / name)
+        kept.rename(tmp_path / name)
+    write_ablation(base, {"c": {"model.init_args.optimizer.learning_rate": 0.02}, "a": {}}, seeds=[0])
+    assert main(command) == 0
+    assert len(json.loads((tmp_path / "out" / "ablation.json").read_text())["initial_weights"]) == 2
+
+
 def test_losses_are_those_of_the_same_clips_noise_and_angles_and_failed_arms_are_reported(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,7 +92,10 @@ def assert_same_ends(one: Path, other: Path) -> None:
 def test_each_stage_starts_from_the_average_of_its_predecessor(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a learning rate of almost zero the weights of a stage remain the average of its predecessor."""
+    """With a learning rate of almost zero the weights of a stage remain the average of its predecessor.
+
+    The first stage is finished before, with another learning rate, which a warning says.
+    """
     frozen = tmp_path / "frozen.yaml"
     frozen.write_text("model: {init_args: {optimizer: {learning_rate: 1.0e-12}}}")
     runs = tmp_path / "runs"
@@ -116,8 +119,12 @@ def test_each_stage_starts_from_the_average_of_its_predecessor(
         predecessor = checkpoint["ema"]["weights"]
 
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.ckpt")}
+    capsys.readouterr()
     assert main([*command, "--config", str(frozen)]) == 0
-    assert capsys.readouterr().out.count("finished at step") == 4
+    shown, warned = capsys.readouterr()
+    assert shown.count("finished at step") == 4
+    (warning,) = (line for line in warned.splitlines() if "changed settings" in line)  # of the first stage
+    assert "settings have no effect, since no step is left (model.init_args.optimizer.learning_rate is 1e-12" in warning
     assert before == {path: path.stat().st_mtime_ns for path in runs.rglob("*.ckpt")}
 
 
