@@ -27,7 +27,13 @@ from gpdit_lightning.cli.evaluation_settings import (
 )
 from gpdit_lightning.devices import available_device, rank_of_process
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.chunk_files import ChunkFiles, complete_chunks, source_identities, write_chunk
+from gpdit_lightning.evaluation.chunk_files import (
+    ChunkFiles,
+    claim_folder,
+    complete_chunks,
+    source_identities,
+    write_chunk,
+)
 from gpdit_lightning.evaluation.chunks import (
     GROUND_TRUTH,
     evaluate_chunk,
@@ -108,6 +114,7 @@ def evaluate_continuations(evaluation: Evaluation) -> None:
     missing = [chunk for chunk in chunks[rank::ranks] if files[chunk] not in complete]
     if missing:
         check_writable(out / CHUNKS, is_folder=True)
+        claim_folder(out / CHUNKS, chunk_settings)
         (out / TABLES).unlink(missing_ok=True)
     written = (GROUND_TRUTH, *map(seed_variant, settings.seeds))
     on_variant = video_writer(out / VIDEOS, written, selection.names[: options.keep_videos])

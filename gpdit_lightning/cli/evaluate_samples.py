@@ -27,7 +27,13 @@ from gpdit_lightning.cli.evaluation_settings import (
 )
 from gpdit_lightning.devices import rank_of_process
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.chunk_files import ChunkFiles, complete_chunks, source_identities, write_chunk
+from gpdit_lightning.evaluation.chunk_files import (
+    ChunkFiles,
+    claim_folder,
+    complete_chunks,
+    source_identities,
+    write_chunk,
+)
 from gpdit_lightning.evaluation.chunks import (
     measure_real,
     read_clips,
@@ -117,6 +123,7 @@ def evaluate_samples(evaluation: Evaluation) -> None:
     missing = [chunk for chunk in chunks[rank::ranks] if files[chunk] not in complete]
     if missing_real or missing:
         check_writable(out / SAMPLES, is_folder=True)
+        claim_folder(out / SAMPLES, chunk_settings)
         (out / TABLES).unlink(missing_ok=True)
     noun = f" {settings.medium}s"
     with progress_bar(total=len(missing_real), desc=f"real{noun}", unit=" chunks", disable=rank > 0) as bar:
@@ -150,7 +157,7 @@ def protocol_of_samples(evaluation: Evaluation, real: RealData) -> Protocol:
         choice=record.choice,
         split_sha256=record.names_sha256,
         videos=record.items,
-        labels=label_sentence(options.sample_labels, len(trained.classes)) if has_labels else None,
+        labels=label_sentence(options.sample_labels, len(trained.classes), record.labels) if has_labels else None,
         resize=record.resize,
         samples=by_default if options.samples is None else options.samples,
         reference=file and f"{as_text(file.name)}, sha256 {sha256_of(file)}",

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import other_setting
-from gpdit_lightning.files import atomic_write
+from gpdit_lightning.files import atomic_write, read_bounded
 from gpdit_lightning.hashes import content_identity
 from gpdit_lightning.recalled_files import read_with_checksum, recalled, save_with_checksum
-from gpdit_lightning.schema import TEXT, Constraint, check, differences, parse_json
+from gpdit_lightning.schema import MAX_JSON_BYTES, TEXT, Constraint, check, differences, parse_json
 from gpdit_lightning.tensor_files import safetensors_header
 
 log = logging.getLogger(__name__)
 
 CURE = "delete it and run the same command again"
+SETTINGS = "settings.json"
 KEYS = ("names", "sources", "made_by")  # of the metadata
 TEXTS = Constraint("a list of texts", lambda value: isinstance(value, list) and all(map(TEXT.accepts, value)))
 
@@ -44,6 +45,21 @@ def write_chunk(
         values = (list(names), list(sources), settings)
         metadata = {key: json.dumps(value) for key, value in zip(KEYS, values, strict=True)}
         save_with_checksum(temporary, results, metadata, place=path)
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Record the settings of the chunks of a folder, unless another process has recorded some, and compare them.
+
+    Of two evaluations with different settings that start at the same time, the second one is refused.
+
+    Raises:
+        InputError: the folder belongs to an evaluation with other settings, or its record is damaged.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        with atomic_write(path, replace=False) as temporary:
+            temporary.write_text(json.dumps(settings), encoding="utf-8")
+    _check_settings(path, settings, parse_json(read_bounded(path, MAX_JSON_BYTES), str(path), CURE))
 
 
 def source_identities(videos: Iterable[Path]) -> list[str]:

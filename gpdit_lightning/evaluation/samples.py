@@ -6,6 +6,8 @@ number of processes, and a process may stop at any time.
 Shapes: B samples of a chunk, T pixel frames.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -94,12 +96,14 @@ def class_drawer(rule: LabelRule, classes: Sequence[str], counts: Mapping[str, i
     return draw
 
 
-def label_sentence(rule: LabelRule, classes: int) -> str:
-    """Return how labels are drawn, for a report."""
+def label_sentence(rule: LabelRule, classes: int, counts: Mapping[str, int]) -> str:
+    """Return how labels are drawn, for a report; `classes` is their number, `counts` as for :func:`class_drawer`."""
+    sha256 = hashlib.sha256(json.dumps(sorted(counts.items())).encode()).hexdigest()
     return {
         "balanced": f"of sample number i, class i modulo {classes:,}",
         "uniform": f"drawn uniformly and independently from {classes:,} classes by the number of the sample",
-        "data": "drawn independently by the class frequencies of the real data and by the number of the sample",
+        "data": "drawn independently by the class frequencies of the real data and by the number of the sample; "
+        f"sha256 of the frequencies `{sha256}`",
     }[rule]
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from gpdit_lightning.cli import evaluate as verb
 from gpdit_lightning.cli import evaluation_output, main
 from gpdit_lightning.cli.parsing import parse
 from gpdit_lightning.diffusion import Guidance, RotationSampler
+from gpdit_lightning.evaluation import chunk_files
 from gpdit_lightning.evaluation.chunks import noise_seed
 from gpdit_lightning.evaluation.metrics import psnr
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import read_clip
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.evaluate import EvaluateOptions, NetworkOptions
@@ -291,11 +294,11 @@ def test_an_interrupted_evaluation_resumes(
         write_chunk = verb.write_chunk
         patch.setattr(verb, "write_chunk", write_one_chunk)
         assert evaluate(command, tmp_path) == 130
-    (written,) = (tmp_path / "chunks").iterdir()
+    (written,) = (tmp_path / "chunks").glob("*.safetensors")
     before = written.stat()
     assert evaluate(command, tmp_path) == 0
     assert (written.stat().st_ino, written.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert len(list((tmp_path / "chunks").iterdir())) == CHUNKS
+    assert len(list((tmp_path / "chunks").glob("*.safetensors"))) == CHUNKS
     assert report_without_date(tmp_path) == report_without_date(finished)
 
 
@@ -339,7 +342,7 @@ def test_a_finished_evaluation_is_printed_from_a_read_only_folder(
     (tmp_path / "out" / "results.md").unlink()
     assert evaluate(command, tmp_path / "out") == 2
     assert f"{tmp_path}/out/.lock: Read-only file system" in capsys.readouterr().err
-    next((tmp_path / "out" / "chunks").iterdir()).unlink()
+    next((tmp_path / "out" / "chunks").glob("*.safetensors")).unlink()
     monkeypatch.setattr(verb, "evaluate_chunk", None)  # nothing is computed
     assert evaluate(command, tmp_path / "out") == 2
     assert f"{tmp_path}/out/chunks cannot be written, since" in capsys.readouterr().err
@@ -477,6 +480,24 @@ def test_a_folder_with_other_settings_is_refused(
     assert message in error
     assert error.endswith("give another --out, or remove that folder.")
     assert report_without_date(finished) == before
+
+
+def test_of_two_evaluations_with_other_settings_that_start_at_once_one_is_refused(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other one records its settings after this one has found none."""
+    other, out = tmp_path / "other", tmp_path / "out"
+    assert evaluate(command, other, "--guidance=2", "--count=2") == 0
+
+    def write_later(path: Path, replace: bool = True) -> AbstractContextManager[Path]:
+        path.parent.mkdir(parents=True)
+        shutil.copy(other / "chunks" / path.name, path)
+        return atomic_write(path, replace)
+
+    monkeypatch.setattr(chunk_files, "atomic_write", write_later)
+    assert evaluate(command, out, "--count=2") == 2
+    assert "chunks/settings.json belongs to an evaluation with another --guidance (2.0, not" in error_message(capsys)
+    assert [path.name for path in (out / "chunks").iterdir()] == ["settings.json"]
 
 
 @pytest.mark.parametrize(

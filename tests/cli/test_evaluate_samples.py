@@ -211,6 +211,20 @@ def test_statistics_of_an_earlier_evaluation_give_the_same_scores(
     assert "by the class frequencies of the real data" in drawn.protocol.labels
 
 
+def test_other_class_frequencies_of_the_real_data_are_refused(
+    command: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They determine the labels of the samples."""
+    table, options = tmp_path / "labels.csv", ("--sample_labels=data", f"--annotations={tmp_path / 'labels.csv'}")
+    table.write_text(f"source,label\n{LABELS[0]}/1.png,{LABELS[1]}\n")
+    evaluate(command, tmp_path / "out", f"--images={images}", *options)
+    evaluate(command, tmp_path / "out", f"--images={images}", *options)
+    table.write_text(f"source,label\n{LABELS[0]}/1.png,{LABELS[0]}\n")
+    capsys.readouterr()
+    assert main(["evaluate", *command, f"--out={tmp_path / 'out'}", f"--images={images}", *options]) == 2
+    assert "belongs to an evaluation with another " in capsys.readouterr().err
+
+
 def test_a_reference_of_adm_gives_moments_and_images(
     command: list[str], images: Path, finished: Path, tmp_path: Path
 ) -> None:
