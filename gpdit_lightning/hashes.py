@@ -1,10 +1,10 @@
 """Hashes of large files: of all bytes, computed once on each machine and remembered until the file changes; or of both
 ends.
 
-A record is a small file in `FOLDER`, named by machine and path. It is valid as long as size, modification time, change
-time, inode and device of the file are those of the record. Changes of the bytes always set the change time, which
-programs cannot set back. While one process reads a file, the others of the machine wait for its record, so that 64
-ranks read a checkpoint once.
+A record is a small file in `FOLDER`, named by machine and path, with a hash of its content. It is valid as long as
+size, modification time, change time, inode and device of the file are those of the record. Changes of the bytes always
+set the change time, which programs cannot set back. While one process reads a file, the others of the machine wait for
+its record, so that 64 ranks read a checkpoint once.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from pathlib import Path
 from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.files import Identity, identity_of, open_regular, partial_path, process_lock, read_bounded
 from gpdit_lightning.retries import retried, transient_error
+from gpdit_lightning.schema import CONTENT_HASH, content_hash
 
 FOLDER = Path("~/.cache/gpdit_lightning/hashes")
 CHUNK = 2**22  # bytes that are read at a time
@@ -131,9 +132,10 @@ def _recall(record: Path, identity: Identity) -> str | None:
     """Return the sha256 in a record; None if there is none for this state of the file."""
     try:
         content = json.loads(read_bounded(record, MAX_RECORD_BYTES))
-        matches = tuple(content["identity"]) == identity
-        return str(content["sha256"]) if matches else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        # With a damaged record an intact file would be called damaged.
+        is_intact = content[CONTENT_HASH] == content_hash(content)
+        return str(content["sha256"]) if is_intact and tuple(content["identity"]) == identity else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -145,7 +147,7 @@ def _remember(record: Path, path: Path, identity: Identity, digest: str) -> None
     content = {"path": os.fsencode(path.resolve()).decode(errors="replace"), "identity": identity, "sha256": digest}
     with suppress(OSError):
         temporary = partial_path(record)
-        temporary.write_text(json.dumps(content), encoding="utf-8")
+        temporary.write_text(json.dumps(content | {CONTENT_HASH: content_hash(content)}), encoding="utf-8")
         temporary.replace(record)
         records = list(record.parent.glob("*.json"))
         if len(records) > MAX_RECORDS:
