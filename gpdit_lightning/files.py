@@ -87,6 +87,15 @@ def announce_replaced(paths: Iterable[Path]) -> None:
         log.info("the existing %s is replaced", existing[0])
 
 
+def check_keeps_inputs(results: Iterable[Path], inputs: Iterable[str | Path], cure: str) -> None:
+    """Raise `InputError` if a result would replace an input: one of these files, or a file in one of these folders."""
+    read = {os.path.realpath(path) for path in inputs}
+    for path in results:
+        real = os.path.realpath(path)
+        if real in read or (os.path.exists(real) and os.path.dirname(real) in read):
+            raise InputError(f"{path} is an input and would be overwritten by a result: {cure}.")
+
+
 def _check_replaceable(path: Path, cure: str) -> None:
     """Raise `InputError` if a path is that of a pipe, a socket or a device: renaming a file to it would remove it."""
     kind = stat.S_IFMT(os.lstat(path).st_mode) if os.path.lexists(path) else stat.S_IFREG

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from gpdit_lightning.files import announce_replaced
+from gpdit_lightning.files import announce_replaced, check_keeps_inputs
 from gpdit_lightning.generation.outputs import VideoOutput, output_formats, output_path
 from gpdit_lightning.generation.pipeline import GPDiTPipeline, load_pipeline
 from gpdit_lightning.generation.plans import Clip, GenerationPlan, generated_frames
@@ -35,7 +35,9 @@ def sample(options: SampleOptions) -> None:
     ground_truth_frames = frames if options.side_by_side else min(frames, MAX_GROUND_TRUTH)
     plan = pipeline.plan(options.context, options, ground_truth_frames, skip_unusable=True)
     make_output = output_maker(options, plan, pipeline.codec.temporal_factor)
-    announce_replaced(path for clip in plan.clips for path in make_output(clip).paths.values())  # or raises
+    results = [path for clip in plan.clips for path in make_output(clip).paths.values()]  # or raises
+    check_keeps_inputs(results, options.context, "give another --out")
+    announce_replaced(results)
 
     report_short_ground_truth(options, plan)
     log.info("%d x %d frames with the weights of step %d", len(plan.clips), frames, pipeline.trained.step)

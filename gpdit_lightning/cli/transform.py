@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import announce_replaced, atomic_write, check_writable, sha256_of
+from gpdit_lightning.files import announce_replaced, atomic_write, check_keeps_inputs, check_writable, sha256_of
 from gpdit_lightning.generation import transform as generate_targets
 from gpdit_lightning.generation.pipeline import load_pipeline
 from gpdit_lightning.generation.settings import batches_by_shape, trained_sizes
@@ -223,14 +223,8 @@ def plan_jobs(
     results, sheet = result_paths(options.out, options.sheet, sources)
     hash_of = cache(hash_content)
     chosen = [choose_examples(candidates, path, count, options.examples, hash_of) for path in sources]
-    read = {
-        os.path.realpath(path)
-        for paths in (*inputs, *(paths for examples in chosen for paths in examples))
-        for path in paths
-    }
-    for path in (*results, sheet):
-        if os.path.realpath(path) in read:
-            raise InputError(f"{path} is an input and would be overwritten by a result: give another --out or --sheet.")
+    read = (path for paths in (*inputs, *(paths for examples in chosen for paths in examples)) for path in paths)
+    check_keeps_inputs((*results, sheet), read, "give another --out or --sheet")
     jobs = []
     for paths, out, examples in zip(inputs, results, chosen, strict=True):
         images = read_pair(paths)

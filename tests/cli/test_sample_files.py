@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -63,6 +64,21 @@ def test_every_format_is_written_with_the_permissions_of_the_umask(
             with Image.open(tmp_path / file) as image:
                 assert getattr(image, "n_frames", 1) == (16 if file.endswith("gif") else 1)
                 assert image.width >= 96
+
+
+@pytest.mark.parametrize(("context", "out"), [("1.mp4", "1.mp4"), ("1.mp4", "."), (".", "."), ("link.mp4", "1.mp4")])
+def test_a_context_is_not_overwritten(
+    context: str, out: str, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video = shutil.copy(workspace / VIDEO, tmp_path / "1.mp4")
+    if context == "link.mp4":
+        (tmp_path / context).symlink_to(video)
+    content = video.read_bytes()
+    options = ["--frames=3", "--context", tmp_path / context]
+    assert sample(workspace, tmp_path / out, *options, context=None) == 2
+    assert f"{video} is an input and would be overwritten by a result: give another --out." in capsys.readouterr().err
+    assert video.read_bytes() == content
+    assert sample(workspace, tmp_path / "new", *options, context=None) == 0
 
 
 def test_borders_and_ground_truth_beside_the_video(workspace: Path, tmp_path: Path) -> None:
