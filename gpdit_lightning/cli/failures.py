@@ -96,6 +96,9 @@ def known_cause(error: Exception, less_memory: str | None = None) -> str | None:
     if isinstance(error, ValueError) and str(error).startswith("Key backend: "):  # matplotlib, at its import
         backend = os.environ.get("MPLBACKEND")
         return f"the environment variable MPLBACKEND is {backend!r}, which matplotlib does not know: unset it."
+    if isinstance(error, Warning):
+        warning = f"{type(error).__name__}: {message_line(error)}"
+        return f"a warning is an error here ({warning}): leave PYTHONWARNINGS=error and Python's option -W error out."
     if type(error).__name__ == "MisconfigurationException":  # of Lightning, which most verbs do not import
         return f"the trainer cannot be used with these settings: {message_line(error)}"
     if isinstance(error, RuntimeError | MemoryError):

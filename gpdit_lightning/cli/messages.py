@@ -22,6 +22,9 @@ EMPTY = "empty: give a value, or leave the option out"  # of a path
 EXPECTED = r"Expected an? (.*?)(?:\. Got value: .*)?$|Not a valid (subclass of \w+)"
 EXPLANATIONS = ("a class path (str)", "a dict with")
 NO_SUBCLASS = "Import path does not correspond to a subclass"  # without the path
+# A value of an option that is a record of options: jsonargparse takes any text for the import path of such a record.
+NO_RECORD = r"(Unexpected|Expected dot) import path|Import path |Problem with given class_path|Not a valid subclass"
+OF_RECORD = r"Subtypes: \[<class '[\w.]+Options'>"
 
 
 class OptionHelp(DefaultHelpFormatter):
@@ -92,7 +95,7 @@ def one_sentence(message: str, known: Sequence[str]) -> str:
         key = word[1].lstrip("-").partition("=")[0]
         return f"--{key} is not an option" + nearest_option(key, known, "--{}")
     unknown = re.search(r"ption '([\w.]+)'", sentence)
-    if unknown:
+    if unknown and not sentence.endswith(("?", ".")):  # else the parser of a record has proposed one already
         group = re.search(r"Group '([\w.]+)'", sentence)
         sentence += nearest_option((f"{group[1]}." if group else "") + unknown[1], known, "'{}'")
     return PREFIX + sentence
@@ -160,6 +163,8 @@ def relevant_part(message: str) -> str:
         return f"--{key[1]} is {EMPTY}."
     value = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
     reasons_or_last_line = relevant or [message.split("\n  ")[-1]]
+    if key and value and re.search(OF_RECORD, message) and re.match(NO_RECORD, reasons_or_last_line[0]):
+        return f"{key[1]} is {value[1]}; it must be {NAMES_WITH_VALUES}."
     expected = [re.match(EXPECTED, reason) for reason in reasons_or_last_line]
     kinds = list(dict.fromkeys(type_in_words(match[1] or match[2]) for match in expected if match))
     if "a number" in kinds:  # which a whole number is too
@@ -176,8 +181,8 @@ def relevant_part(message: str) -> str:
         names = [f"--{name}" for name in required[1].split(", ")]
         return f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'} missing: see --help."
     causes = [reason for reason in relevant if not re.match(EXPECTED, reason)] or relevant or [message]
-    sentence = " ".join(causes[0].split("Given value")[0].split())
-    return sentence.replace(PREFIX, "")
+    sentence = " ".join(causes[0].split("Given value")[0].split()).replace(PREFIX, "")
+    return sentence if not key or key[1] in sentence else f"{key[1]}: {sentence}"
 
 
 def digits_of(value: str) -> str:

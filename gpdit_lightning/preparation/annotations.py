@@ -6,7 +6,7 @@ import re
 import sys
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -70,12 +70,17 @@ class Table:
 
         The extension of the input file may be any, for example that of an unusual container.
         """
+        entry = self.entry_of(name)
+        return Annotation() if entry is None else self.entries[entry]
+
+    def entry_of(self, name: str) -> str | None:
+        """Return the name under which this file contains an input file; None if it does not."""
         if name in self.entries:
-            return self.entries[name]
+            return name
         for path in dict.fromkeys((_without_extension(name), _without_any_extension(name))):
             if entry := self._by_path.get(path) or self._by_stem.get(path.rpartition("/")[2]):
-                return self.entries[entry]
-        return Annotation()
+                return entry
+        return None
 
     def add(self, line: int, name: str, annotation: Annotation) -> None:
         """Add the annotation of a line.
@@ -135,6 +140,11 @@ class Annotations:
                 )
             merged = _merge(merged, annotation)
         return merged
+
+    def unused(self, names: Collection[str]) -> list[Path]:
+        """Return the annotation files that list files, but none of these."""
+        listing = [table for table in self.tables if table.entries]
+        return [table.path for table in listing if all(table.entry_of(name) is None for name in names)]
 
 
 def read_annotations(paths: Sequence[Path]) -> Annotations:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections import defaultdict
@@ -18,6 +19,8 @@ from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.path_kinds import Medium
 from gpdit_lightning.preparation.annotations import Annotation, Annotations, read_annotations
 from gpdit_lightning.preparation.tars import find_tars, inner_tars
+
+log = logging.getLogger(__name__)
 
 FileFormat = Literal["video", "image", "tar"]
 HashedValue = Literal["name", "bytes"]
@@ -146,6 +149,13 @@ def find_inputs(options: PrepareOptions, recorded: Mapping[str, Split | None] | 
         splits |= dict.fromkeys(held_out, IN_HELD_OUT_FOLDER)
         for candidate in of_medium:
             _add_file(candidate, splits[candidate.name], inputs, options.labels)
+    if not any(candidate.format == "tar" for candidate in candidates):  # the names in a tar are read later
+        for path in inputs.annotations.unused([candidate.name for candidate in candidates]):
+            log.warning(
+                "warning: %s lists none of the input files, so it has no effect: compare its names with the paths in "
+                "the folders",
+                path,
+            )
     if options.labels:
         _check_labels_of_held_out_folders(options.validation_images, inputs.files)
     _add_tars([candidate for candidate in candidates if candidate.format == "tar"], options, inputs)

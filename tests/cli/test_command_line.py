@@ -460,6 +460,12 @@ def test_full_disks_and_memory_at_the_start_are_named(error: Exception, words: s
     assert (sentence.endswith(words), status) == (True, 2)
 
 
+def test_a_warning_that_the_user_made_an_error_is_no_fault_of_the_library() -> None:
+    sentence, status = describe(DeprecationWarning("\n  old\n"), "fit")
+    assert status == 2
+    assert sentence.startswith("a warning is an error here (DeprecationWarning: old): leave PYTHONWARNINGS=error")
+
+
 def test_a_file_that_a_library_names_by_bytes_is_shown_as_text() -> None:
     error = OSError(errno.EMFILE, "Too many open files", b"run/events")
     assert describe(error, "fit")[0].startswith("run/events: Too many open files: use fewer workers")

@@ -194,6 +194,22 @@ def test_samplers_without_a_known_name_are_refused_at_once(callback: type[Any], 
     callback(sampler="not_imported_yet.Sampler")
 
 
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("1.5", r"video_network is 1\.5; it must be names with values, .*"),
+        ("os.system", r"video_network is os\.system; it must be names with values, .*"),
+        ("{kind: 3}", "video_network: kind is 3; it must be a string."),
+        ("{a: 1}", r"video_network: Option 'a' is not accepted; did you mean 'arguments'\?"),
+    ],
+)
+def test_the_option_is_named_if_its_value_is_no_record(value: str, sentence: str) -> None:
+    arguments = ["--checkpoint=a", "--videos=b", "--out=c", f"--video_network={value}"]
+    with pytest.raises(InputError) as error:
+        parse("evaluate", "Scores.", record_of("evaluate"), arguments)
+    assert re.fullmatch(sentence, str(error.value))
+
+
 @pytest.mark.parametrize("place", ["recipe", "command line"])
 def test_groups_in_the_files_of_groups_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     from gpdit_lightning.cli.recipe_cli import recipe_parser

@@ -210,6 +210,25 @@ def test_tars_of_an_older_version_stay_held_out_by_name(tmp_path: Path) -> None:
     assert f"split: {by_name['0.tar/a3']}, since the hash of 0.tar/a3 is" in shown
 
 
+def test_annotations_that_list_none_of_the_files_are_named(
+    tmp_path: Path, video: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A list of another data set would be ignored without a word, and the files be split by a hash."""
+    (tmp_path / "set").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(video, tmp_path / "set" / name)
+    (tmp_path / "used.csv").write_text("source,caption\na,text\n")
+    (tmp_path / "other.csv").write_text("source,split\nc,train\n")
+    (tmp_path / "classInd.txt").write_text("1 c\n")  # lists no files
+    lists = [tmp_path / name for name in ("used.csv", "other.csv", "classInd.txt")]
+    with caplog.at_level("WARNING", "gpdit_lightning"):
+        prepared(tmp_path, annotations=lists)
+    assert [message for message in caplog.messages if "lists none of the input files" in message] == [
+        f"warning: {tmp_path / 'other.csv'} lists none of the input files, so it has no effect: compare its names with "
+        "the paths in the folders"
+    ]
+
+
 def test_notes_are_not_counted_as_skipped(tmp_path: Path) -> None:
     images = {f"{number:02d}": png(number) for number in range(10)} | {"90": b"no image", "caf\udce9": png(99)}
     captions = {f"{number:02d}.txt": b"\xff\xfe" for number in range(6)}
