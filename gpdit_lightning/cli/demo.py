@@ -145,10 +145,15 @@ def check_run_dir(run_dir: Path, videos: Path | None) -> None:
 
 
 def record_demo(run_dir: Path, videos: Path | None) -> None:
-    """Record in a new run folder which demo it holds."""
+    """Record in a new run folder which demo it holds, unless another process has recorded one, and compare it.
+
+    Raises:
+        InputError: the folder holds a demo of other videos.
+    """
     if not (run_dir / RECORD).exists():
-        with atomic_write(run_dir / RECORD) as path:
+        with atomic_write(run_dir / RECORD, replace=False) as path:
             path.write_text(json.dumps(recorded(videos)), encoding="utf-8")
+    check_run_dir(run_dir, videos)
 
 
 def recorded(videos: Path | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from gpdit_lightning.data.shard_entry import SHARD_NAME, Kind, ShardEntry, Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.finding import LeftOut
 from gpdit_lightning.preparation.input_files import FileFormat, HashedValue, InputFile
-from gpdit_lightning.schema import COUNT, LIST, TEXT, Constraint, check, one_of, parse_json
+from gpdit_lightning.schema import COUNT, LIST, TEXT, Constraint, check, one_of, parse_json, shown
 
 COPY_AGAIN = "copy it again, or give another --out"
 
@@ -127,7 +127,10 @@ class RecordedFile:
     def from_json(cls, line: "builtins.bytes", name: str) -> "RecordedFile":
         """Parse a line of `part-*.sources.jsonl`; `name` is that of the line in messages."""
         values = check(parse_json(line, name, COPY_AGAIN), FILE_SCHEMA, "", name, COPY_AGAIN)
-        check(values, {key: OPTIONAL_FILE_SCHEMA[key] for key in values.keys() - FILE_SCHEMA}, "", name, COPY_AGAIN)
+        optional = values.keys() - FILE_SCHEMA
+        if unknown := min(optional - OPTIONAL_FILE_SCHEMA.keys(), default=None):
+            raise InputError(f"{name} has the unknown field {shown(unknown)}, as of a later version: {COPY_AGAIN}.")
+        check(values, {key: OPTIONAL_FILE_SCHEMA[key] for key in optional}, "", name, COPY_AGAIN)
         is_tar = values.pop("is_tar", values["split"] is None)  # older versions: tars have no split
         return cls(path_hash=values.pop("place"), is_tar=is_tar, **values)
 

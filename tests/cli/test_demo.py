@@ -1,6 +1,7 @@
 """The demo with few steps and videos, and the complete demo in a slow test."""
 
 import json
+from contextlib import AbstractContextManager
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 from gpdit_lightning.cli import demo, demo_videos, main
 from gpdit_lightning.cli.recipe_files import recipe_path
 from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.video import video_info
 from gpdit_lightning.media.video_writer import write_video
 
@@ -92,6 +94,22 @@ def test_demo_of_an_earlier_version_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert main(["demo", "--run_dir", str(tmp_path)]) == 2
     assert f"{tmp_path} holds a demo that was begun by another version" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["movies"]
+
+
+def test_of_two_demos_of_other_videos_that_start_at_once_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other one records its videos after this one has found no record."""
+    run_dir = tmp_path / "run"
+
+    def write_later(path: Path, replace: bool = True) -> AbstractContextManager[Path]:
+        path.parent.mkdir()
+        path.write_text(json.dumps(demo.recorded(tmp_path / "others")))
+        return atomic_write(path, replace)
+
+    monkeypatch.setattr(demo, "atomic_write", write_later)
+    assert main(["demo", "--run_dir", str(run_dir)]) == 2
+    assert f"{run_dir} holds the demo of {tmp_path / 'others'}, not of the digits: remove" in capsys.readouterr().err
 
 
 def test_a_record_without_its_videos_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

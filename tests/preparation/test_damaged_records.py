@@ -246,3 +246,12 @@ def test_failed_writes_end_in_one_sentence(number: str, expected: type) -> None:
         raise OSError(code, os.strerror(code))
     assert type(caught.value) is expected
     assert str(caught.value).endswith("Kept.")
+
+
+def test_an_unknown_field_of_an_input_file_is_named() -> None:
+    """As in a record of a later version, with a matching hash."""
+    line = json.dumps(
+        {"name": "a", "kind": "video", "split": "train", "bytes": 1, "place": "0", "reason": "", "new": 1}
+    )
+    with pytest.raises(InputError, match=r"line 1 has the unknown field 'new', as of a later version: copy it again"):
+        RecordedFile.from_json(line.encode(), "line 1")
