@@ -106,7 +106,7 @@ def evaluate_continuations(evaluation: Evaluation) -> None:
         resize=resize_of(settings),
     )
 
-    chunk_settings = settings_of_chunks(options, protocol)
+    chunk_settings = settings_of_chunks(options, protocol, pipeline.model.config)
     chunks = split_into_chunks(selection, options.chunk, labels and labels.classes)
     files = {chunk: out / CHUNKS / f"{chunk.start:06d}.safetensors" for chunk in chunks}
     videos = {file: chunk.paths for chunk, file in files.items()}

@@ -109,7 +109,7 @@ def evaluate_samples(evaluation: Evaluation) -> None:
     if uses_labels(options, trained):
         class_of = class_drawer(options.sample_labels, trained.classes, real.record.labels)
     protocol = protocol_of_samples(evaluation, real)
-    chunk_settings = settings_of_chunks(options, protocol)
+    chunk_settings = settings_of_chunks(options, protocol, model.config)
     stored = (path for folder in (REAL, SAMPLES) for path in sorted((out / folder).glob("*.safetensors")))
     real_files = {start: out / REAL / f"{start:06d}.safetensors" for start in real.chunks}
     videos = {real_files[start]: paths for start, paths in real.paths.items()}

@@ -17,6 +17,7 @@ from gpdit_lightning.evaluation.report import Protocol, Report
 from gpdit_lightning.evaluation.report_text import RESULTS, TABLES, plot_self_checks, to_markdown, write_report
 from gpdit_lightning.files import atomic_write, process_lock, read_bounded
 from gpdit_lightning.media.video_writer import write_video
+from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.options.evaluate import EvaluateOptions
 from gpdit_lightning.retries import NOT_WRITABLE_ERRORS
 
@@ -29,11 +30,15 @@ FIELDS_WITHOUT_EFFECT = {"checkpoint", "hardware"}
 FIELDS_OF_SAMPLES = {"medium", "samples", "reference", "manifold"}  # only in evaluations of samples
 
 
-def settings_of_chunks(options: EvaluateOptions, protocol: Protocol) -> dict[str, Any]:
-    """Return everything that the results of a chunk depend on, as JSON values."""
+def settings_of_chunks(options: EvaluateOptions, protocol: Protocol, model: GPDiTConfig) -> dict[str, Any]:
+    """Return everything that the results of a chunk depend on, as JSON values.
+
+    The configuration of the model is among it, since exported models with the same file of weights may differ in it.
+    """
     left_out = FIELDS_WITHOUT_EFFECT | (FIELDS_OF_SAMPLES if protocol.samples is None else set())
     settings = {name: value for name, value in asdict(protocol).items() if name not in left_out}
-    return settings | {name: getattr(options, name) for name in ("chunk", "self_check_videos")}
+    of_options = {name: getattr(options, name) for name in ("chunk", "self_check_videos")}
+    return settings | of_options | {"architecture": model.architecture()}
 
 
 def are_finished(files: Collection[Path], settings: Mapping[str, Any], videos: Mapping[Path, Sequence[Path]]) -> bool:

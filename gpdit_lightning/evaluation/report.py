@@ -103,6 +103,7 @@ DETERMINED_BY = {
     "schedule": "noise schedule of --checkpoint",
     "checkpoint_sha256": "--checkpoint",
     "step": "step of --checkpoint",
+    "architecture": "architecture of --checkpoint",
     "codec": "codec of --checkpoint",
     "codec_sha256": "codec of --checkpoint",
     "networks.video": "--video_network",

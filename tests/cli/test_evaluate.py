@@ -482,6 +482,24 @@ def test_a_folder_with_other_settings_is_refused(
     assert report_without_date(finished) == before
 
 
+def test_a_folder_of_another_architecture_with_the_same_weights_is_refused(
+    command: list[str], workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, path, out = GPDiT.from_pretrained(workspace / "of2"), tmp_path / "model", tmp_path / "out"
+    other = GPDiT(replace(model.config, attention="of"))
+    other.load_state_dict(model.state_dict())
+    other.facts = model.facts
+    options = [f"--checkpoint={path}", "--count=2"]
+    model.save_pretrained(path)
+    assert evaluate(command, out, *options) == 0
+    weights = (path / "model.safetensors").read_bytes()
+    shutil.rmtree(path)
+    other.save_pretrained(path)
+    assert (path / "model.safetensors").read_bytes() == weights
+    assert evaluate(command, out, *options) == 2
+    assert "belongs to an evaluation with another architecture of --checkpoint" in error_message(capsys)
+
+
 def test_of_two_evaluations_with_other_settings_that_start_at_once_one_is_refused(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
