@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 MAX_RANKS = 2**20
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # Lightning reads each as a number at its import
 CGROUP = Path("/sys/fs/cgroup")  # limits of a container
 
 
@@ -54,6 +55,8 @@ def rank_of_process() -> tuple[int, int, int]:
         if rank in os.environ and ranks in os.environ:
             total = environment_number(ranks, least=1)
             return environment_number(rank, most=total - 1), total, environment_number(local_rank, 0)
+    for rank in RANKS:
+        environment_number(rank, 0)
     return 0, 1, 0
 
 

@@ -178,6 +178,19 @@ def test_a_signal_during_an_import_is_not_lost(number: signal.Signals, line: str
     assert (process.returncode, process.stderr) == (128 + number, f"{line}.\n")
 
 
+def test_ctrl_c_during_the_first_imports_ends_a_process_with_one_line() -> None:
+    script = (
+        "import os, runpy, signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'gpdit_lightning.names': os.kill(os.getpid(), signal.SIGINT)\n"  # one of the first
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "runpy.run_module('gpdit_lightning', run_name='__main__')"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (process.returncode, process.stderr) == (130, "stopped.\n")
+
+
 @linux_only
 @pytest.mark.parametrize(
     "blocked",

@@ -58,6 +58,7 @@ LOST_RANK = re.compile("^Dist(Store|Network|Backend)Error|Connection (closed|res
 # Errors of the dynamic linker.
 LACKS_MEMORY = re.compile("failed to map segment|[Cc]annot allocate memory")
 
+CONSTANT = re.compile(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b")  # a word that may be the name of an environment variable
 LONGEST_WORD, LONGEST_LINE = 300, 1200  # characters of a message
 PACKAGE = Path(__file__).parents[1]
 INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -96,6 +97,12 @@ def known_cause(error: Exception, less_memory: str | None = None) -> str | None:
     if isinstance(error, ValueError) and str(error).startswith("Key backend: "):  # matplotlib, at its import
         backend = os.environ.get("MPLBACKEND")
         return f"the environment variable MPLBACKEND is {backend!r}, which matplotlib does not know: unset it."
+    if isinstance(error, ValueError) and (names := [n for n in CONSTANT.findall(str(error)) if n in os.environ]):
+        value = os.environ[names[0]]
+        return (
+            f"the environment variable {names[0]} is {value!r}, which a package does not accept "
+            f"({message_line(error)}): unset it."
+        )
     if isinstance(error, Warning):
         warning = f"{type(error).__name__}: {message_line(error)}"
         return f"a warning is an error here ({warning}): leave PYTHONWARNINGS=error and Python's option -W error out."

@@ -201,6 +201,8 @@ class RecipeCLI(LightningCLI):
                 raise
             raise InputError(f"the trainer cannot be set up with these settings: {_on_one_line(error)}") from None
         except RuntimeError as error:
+            if "SLURM" in str(error):  # tasks of a job, of which Lightning requires other numbers
+                raise InputError(f"the trainer cannot be set up in this job: {_on_one_line(error)}") from None
             repeated = re.search(r"more than one stateful callback of type `(\w+)`", str(error))
             if not repeated:
                 raise

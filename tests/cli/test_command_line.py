@@ -436,6 +436,9 @@ def test_impossible_variables_of_launchers_are_named(
     assert capsys.readouterr().err.startswith(f"error: the environment variable {name} is {value[:9]!r}"[:-1])
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("LOCAL_RANK", "abc")  # alone
+    assert main(["inspect", "absent"]) == 2
+    assert "error: the environment variable LOCAL_RANK is 'abc'" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
     with pytest.raises(InputError, match="the environment variable LOCAL_WORLD_SIZE is '0': give 1 to"):
         environment_number("LOCAL_WORLD_SIZE", 1, least=1)
@@ -458,6 +461,14 @@ def test_an_interpreter_without_docstrings_is_refused() -> None:
 def test_full_disks_and_memory_at_the_start_are_named(error: Exception, words: str) -> None:
     sentence, status = describe(error, "fit")
     assert (sentence.endswith(words), status) == (True, 2)
+
+
+def test_a_variable_that_a_package_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = ValueError("The value of TORCH_DISTRIBUTED_DEBUG must be OFF, INFO, or DETAIL")
+    assert describe(error, "fit")[1] == 1
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "x")
+    sentence, status = describe(error, "fit")
+    assert (sentence.startswith("the environment variable TORCH_DISTRIBUTED_DEBUG is 'x'"), status) == (True, 2)
 
 
 def test_a_warning_that_the_user_made_an_error_is_no_fault_of_the_library() -> None:

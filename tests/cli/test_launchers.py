@@ -113,3 +113,14 @@ def test_a_scheduler_ends_its_job_and_starts_it_again(
     del settings["trainer"]["callbacks"]
     assert fit(tmp_path / "one_rank.yaml", settings, "--trainer.devices=1", "--trainer.strategy=auto") == 0
     assert last_checkpoint(tmp_path / "run", verify=True) == tmp_path / "run" / "checkpoints" / f"step-{STEPS}.ckpt"
+
+
+def test_tasks_of_a_job_that_lightning_refuses_are_named(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable, value in {"NTASKS": "2", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "train"}.items():
+        monkeypatch.setenv(f"SLURM_{variable}", value)
+    assert fit(tmp_path / "recipe.yaml", recipe(tiny_shards, tmp_path / "run", max_ranks=2)) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: the trainer cannot be set up in this job: ")
+    assert "--ntasks-per-node=2" in message

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning import Trainer
+import torch
+import yaml
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from gpdit_lightning.cli.recipe_cli import parse_recipe
+from gpdit_lightning.cli.recipe_cli import parse_recipe, recipe_text
 from gpdit_lightning.cli.trainer_settings import (
     DEFAULTS,
     EARLIER_DEFAULTS,
@@ -139,3 +141,23 @@ def test_one_batch_of_the_validation_is_not_all_batches() -> None:
         for text in ("1", "1.0")
     )
     assert (type(one), type(everything)) == (int, float)
+
+
+class OnDevice(Callback):
+    """A callback with a default that YAML cannot contain."""
+
+    def __init__(self, device: torch.device = torch.device("cpu"), steps: int = 3) -> None:  # noqa: B008
+        self.device, self.steps = device, steps
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [(f"{__name__}.OnDevice", {"steps": 3}), ("Timer", {"duration": None, "verbose": True})]
+)
+def test_defaults_of_classes_that_yaml_cannot_contain_are_not_recorded(
+    name: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """Such as a device, and Lightning's Interval. The recorded recipe can be used."""
+    text = recipe_text("fit", [*RECIPE, f"--trainer.callbacks=[{{class_path: {name}}}]"])
+    assert yaml.safe_load(text)["trainer"]["callbacks"][0]["init_args"] == arguments
+    (tmp_path / "config.yaml").write_text(text)
+    assert recipe_text("fit", ["--config", str(tmp_path / "config.yaml")]) == text
