@@ -191,6 +191,11 @@ def _main(words: Sequence[str], debug: bool) -> int:
         )
         return 2
     try:
+        os.getcwd()
+    except OSError as error:  # MKL cannot be loaded there, and ends the process with another message
+        print(f"error: the working directory cannot be used ({error.strerror}): change to another.", file=sys.stderr)
+        return 2
+    try:
         rank = _rank_prefix()  # read here, since Lightning removes WORLD_SIZE from the environment after an error
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

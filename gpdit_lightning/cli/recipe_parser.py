@@ -89,7 +89,8 @@ def _remove_objects(value: Any) -> None:
 
 def _defaults(kind: type) -> dict[str, Any]:
     """Return the defaults of the arguments of a class, and of those that it passes on to its bases."""
-    parameters = [inspect.signature(base.__init__).parameters for base in reversed(kind.__mro__)]
+    constructors = [vars(base).get("__init__") for base in reversed(kind.__mro__)]
+    parameters = [inspect.signature(init).parameters for init in constructors if inspect.isfunction(init)]
     return {name: parameter.default for of_base in parameters for name, parameter in of_base.items()}
 
 

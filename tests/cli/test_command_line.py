@@ -444,6 +444,17 @@ def test_impossible_variables_of_launchers_are_named(
         environment_number("LOCAL_WORLD_SIZE", 1, least=1)
 
 
+def test_a_working_directory_that_was_removed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["inspect", str(tmp_path)]) == 2
+    message = "error: the working directory cannot be used (No such file or directory): change to another.\n"
+    assert capsys.readouterr().err == message
+
+
 def test_an_interpreter_without_docstrings_is_refused() -> None:
     command = [sys.executable, "-OO", "-m", "gpdit_lightning", "prepare", "--help"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
