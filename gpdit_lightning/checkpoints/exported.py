@@ -7,6 +7,7 @@ these can contain code. `SHA256SUMS` has the hashes of the files that are read, 
 machine verifies them once (hashes.py). Folders of earlier versions have none. `config.json` is plain JSON:
 
     format, library_version, dtype   format of the folder, version of its writer, data type of the weights
+    checksums                        "SHA256SUMS"; missing if an earlier version wrote the folder without that file
     config                           architecture: `GPDiTConfig.to_dict()`
     weights, step, stage, ...        the recorded fields of `TrainingFacts`
 """
@@ -72,6 +73,8 @@ def read_exported(folder: Path) -> Weights:
         raise InputError(f"{path} does not exist, and weights in other files are not opened: {CURE}.")
     tensors, _ = safetensors_header(path, CURE)
     weights = Weights.checked(tensors, content.get("config"), content, str(config_path))
+    if content.get("checksums") and not (folder / CHECKSUMS).exists():
+        raise InputError(f"{folder / CHECKSUMS} does not exist, so the files cannot be verified: {CURE}.")
     verify_checksums(folder)
     if _read(config_path, MAX_CONFIG_BYTES) != text:  # the hash may be that of a file which has replaced it since
         raise TransientError(f"{config_path} changed while it was read: {CURE}.")
@@ -187,7 +190,13 @@ def copy_companions(source: Path, folder: Path, *, card: bool) -> None:
 def config_json(weights: Weights) -> str:
     """Return the text of `config.json`, without settings of execution such as `compile`."""
     config = GPDiTConfig.preset(weights.config.size, **weights.config.architecture())
-    head = {"format": FORMAT, "library_version": __version__, "dtype": _dtype(weights), "config": config.to_dict()}
+    head = {
+        "format": FORMAT,
+        "library_version": __version__,
+        "checksums": CHECKSUMS,
+        "dtype": _dtype(weights),
+        "config": config.to_dict(),
+    }
     return json.dumps(head | weights.facts.to_dict(), indent=2) + "\n"
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from gpdit_lightning import GPDiT
 from gpdit_lightning.checkpoints.card import model_card
+from gpdit_lightning.checkpoints.exported import write_checksums
 from gpdit_lightning.checkpoints.facts import TrainingFacts
 from gpdit_lightning.cli import main
 from gpdit_lightning.codecs import load_codec
@@ -135,7 +136,7 @@ def test_a_record_with_invalid_unicode_and_a_hostile_codec_is_exported(
     record = json.loads((folder / "config.json").read_text())
     record |= {"stage": "Stage\ud800", "codec": record["codec"] | {"source": "a b; touch c\x1b[2J"}}
     (folder / "config.json").write_text(json.dumps(record))
-    (folder / "SHA256SUMS").unlink()
+    write_checksums(folder)
     assert main(["export", "--checkpoint", str(folder), "--out", str(tmp_path / "again"), "--no_samples"]) == 0
     assert capsys.readouterr().out.endswith(" --codec_source 'a b; touch c\\x1b[2J'\n")
     assert "Stage\\ud800" in (tmp_path / "again" / "README.md").read_text()

@@ -143,7 +143,7 @@ def test_a_model_can_overwrite_the_file_that_it_is_mapped_from(folder: Path) -> 
 
 def test_the_config_is_plain_json(folder: Path, model: GPDiT) -> None:
     content = json.loads((folder / "config.json").read_text())
-    head = {name: content.pop(name) for name in ("format", "library_version", "dtype", "config")}
+    head = {name: content.pop(name) for name in ("format", "library_version", "checksums", "dtype", "config")}
     assert head["format"] == "gpdit_lightning-model-1"
     assert head["dtype"] == "float32"
     assert GPDiTConfig.preset(**head["config"]) == model.config
@@ -526,6 +526,11 @@ def test_the_hashes_are_those_of_sha256sum_and_an_earlier_folder_has_none(folder
     with pytest.raises(InputError, match=r"SHA256SUMS does not have one hash for each of config\.json and"):
         read_exported(folder)
     (folder / "SHA256SUMS").unlink()
+    with pytest.raises(InputError, match=r"SHA256SUMS does not exist, so the files cannot be verified: "):
+        read_exported(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["checksums"]
+    (folder / "config.json").write_text(json.dumps(config))
     caplog.set_level("INFO", "gpdit_lightning")
     GPDiT.from_pretrained(folder)
     assert caplog.text.count("has no SHA256SUMS") == 1
