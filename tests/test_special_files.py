@@ -87,7 +87,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "ImageNet's kit": ("ILSVRC2012_devkit_t12.tar.gz", lambda path: read_annotations([path])),
     "ImageNet's classes": ("meta.mat", lambda path: read_annotations([path])),
     "features": ("a.npy", lambda path: read_features(path, (1, 8))),
-    "features of layers": ("a.safetensors", _FeatureBlock.recall),
+    "features of layers": ("a.safetensors", lambda path: _FeatureBlock.recall(path, (3, 8))),
     "chunk of scores": ("a.safetensors", lambda path: ChunkFiles([path], {})),
     "reference": ("reference.safetensors", Reference.load),
     "reference of ADM": ("a.npz", AdmFile.load),
