@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import os
+import secrets
 import shutil
 import stat
 import time
@@ -96,6 +97,29 @@ def check_keeps_inputs(results: Iterable[Path], inputs: Iterable[str | Path], cu
             raise InputError(f"{path} is an input and would be overwritten by a result: {cure}.")
 
 
+def write_once(path: Path, text: str) -> None:
+    """Write a file atomically unless it exists: of several processes, also without locks, the first one writes it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = partial_path(path.with_name(f"{path.name}.{secrets.token_hex(4)}"))
+    try:
+        own.write_text(text, encoding="utf-8", errors="backslashreplace")
+        flush(own)
+        try:
+            os.link(own, path)
+        except OSError:
+            if not os.path.lexists(path):  # the file system has no links
+                own.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # as in `atomic_write`
+        raise
+    finally:
+        own.unlink(missing_ok=True)
+
+
 def _check_replaceable(path: Path, cure: str) -> None:
     """Raise `InputError` if a path is that of a pipe, a socket or a device: renaming a file to it would remove it."""
     kind = stat.S_IFMT(os.lstat(path).st_mode) if os.path.lexists(path) else stat.S_IFREG
@@ -133,16 +157,11 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def atomic_write(path: Path, replace: bool = True) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield the partial path to write to, and publish it when the block ends without an exception.
 
     After an exception the partial file is removed and an existing file at `path` is unchanged. A process that is
     killed leaves at most the partial file. Other processes that write the same file wait for the block.
-
-    Args:
-        path: the file.
-        replace: whether to replace the file; otherwise the first process writes it, and what later ones write is
-            discarded.
 
     Raises:
         InputError: the path is that of a pipe, a socket or a device; or as :func:`new_partial`.
@@ -153,10 +172,7 @@ def atomic_write(path: Path, replace: bool = True) -> Iterator[Path]:
     try:
         with new_partial(path) as partial:
             yield partial
-            if replace or not os.path.lexists(path):
-                publish(path)
-            else:
-                remove(partial)
+            publish(path)
     except OSError as error:
         error.filename = error.filename or str(path)  # of a failed write, such as on a full disk, it is not set
         raise

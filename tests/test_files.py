@@ -7,6 +7,7 @@ import os
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -23,6 +24,7 @@ from gpdit_lightning.files import (
     read_lines,
     remove,
     sha256_of,
+    write_once,
 )
 
 fork = multiprocessing.get_context("fork")
@@ -203,6 +205,20 @@ def test_a_bounded_reader_reads_what_a_file_has_and_no_pipe(tmp_path: Path) -> N
     for open_pipe in (BoundedReader, lambda path: list(read_lines(path, "give a list"))):
         with pytest.raises(InputError, match=f"{pipe} is not a regular file"):
             open_pipe(pipe)
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_a_file_that_is_written_once_is_complete_and_that_of_the_first_writer(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new" / "a.json"
+    if not links:
+        monkeypatch.setattr(os, "link", Mock(side_effect=PermissionError))
+    write_once(path, "first")
+    write_once(path, "second")
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]
+    assert path.stat().st_nlink == 1
 
 
 def test_an_error_of_an_atomic_write_names_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from gpdit_lightning.cli.demo_videos import write_videos
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.diffusion import RotationSampler
 from gpdit_lightning.errors import InputError, TransientError
-from gpdit_lightning.files import atomic_write, read_bounded
+from gpdit_lightning.files import atomic_write, read_bounded, write_once
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.generation.context_readers import read_contexts
 from gpdit_lightning.generation.contexts import ContextSettings
@@ -151,8 +151,7 @@ def record_demo(run_dir: Path, videos: Path | None) -> None:
         InputError: the folder holds a demo of other videos.
     """
     if not (run_dir / RECORD).exists():
-        with atomic_write(run_dir / RECORD, replace=False) as path:
-            path.write_text(json.dumps(recorded(videos)), encoding="utf-8")
+        write_once(run_dir / RECORD, json.dumps(recorded(videos)))
     check_run_dir(run_dir, videos)
 
 

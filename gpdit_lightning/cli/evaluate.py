@@ -114,7 +114,6 @@ def evaluate_continuations(evaluation: Evaluation) -> None:
     missing = [chunk for chunk in chunks[rank::ranks] if files[chunk] not in complete]
     if missing:
         check_writable(out / CHUNKS, is_folder=True)
-        claim_folder(out / CHUNKS, chunk_settings)
         (out / TABLES).unlink(missing_ok=True)
     written = (GROUND_TRUTH, *map(seed_variant, settings.seeds))
     on_variant = video_writer(out / VIDEOS, written, selection.names[: options.keep_videos])
@@ -123,6 +122,7 @@ def evaluate_continuations(evaluation: Evaluation) -> None:
         for chunk in missing:
             sources = source_identities(chunk.paths)
             results = evaluate_chunk(chunk, settings, pipeline.model, pipeline.codec, networks, on_variant)
+            claim_folder(out / CHUNKS, chunk_settings)
             write_chunk(files[chunk], *results, chunk_settings, sources)
             bar.update(len(chunk.names))
     if are_finished(list(files.values()), chunk_settings, videos):

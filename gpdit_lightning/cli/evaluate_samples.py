@@ -123,7 +123,6 @@ def evaluate_samples(evaluation: Evaluation) -> None:
     missing = [chunk for chunk in chunks[rank::ranks] if files[chunk] not in complete]
     if missing_real or missing:
         check_writable(out / SAMPLES, is_folder=True)
-        claim_folder(out / SAMPLES, chunk_settings)
         (out / TABLES).unlink(missing_ok=True)
     noun = f" {settings.medium}s"
     with progress_bar(total=len(missing_real), desc=f"real{noun}", unit=" chunks", disable=rank > 0) as bar:
@@ -131,12 +130,14 @@ def evaluate_samples(evaluation: Evaluation) -> None:
             sources = source_identities(real.paths.get(start, ()))
             clips = real.chunks[start]()
             results = measure_real(start, clips, settings, pipeline.codec, networks)
+            claim_folder(out / SAMPLES, chunk_settings)
             write_chunk(real_files[start], list(clips), results, chunk_settings, sources)
             bar.update()
     total = sum(len(chunk.numbers) for chunk in missing)
     with progress_bar(total=total, desc="generating", unit=noun, disable=rank > 0) as bar:
         for chunk in missing:
             names, results = evaluate_samples_of_chunk(chunk, settings, model, pipeline.codec, networks, on_variant)
+            claim_folder(out / SAMPLES, chunk_settings)
             write_chunk(files[chunk], names, results, chunk_settings)
             bar.update(len(chunk.numbers))
     if are_finished([*real_files.values(), *files.values()], chunk_settings, videos):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import other_setting
-from gpdit_lightning.files import atomic_write, read_bounded
+from gpdit_lightning.files import atomic_write, read_bounded, write_once
 from gpdit_lightning.hashes import content_identity
 from gpdit_lightning.recalled_files import read_with_checksum, recalled, save_with_checksum
 from gpdit_lightning.schema import MAX_JSON_BYTES, TEXT, Constraint, check, differences, parse_json
@@ -50,15 +50,15 @@ def write_chunk(
 def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """Record the settings of the chunks of a folder, unless another process has recorded some, and compare them.
 
-    Of two evaluations with different settings that start at the same time, the second one is refused.
+    Called before each chunk is written, so that a run which ends before its first one leaves no record. Of two
+    evaluations with different settings that start at the same time, the second one is refused.
 
     Raises:
         InputError: the folder belongs to an evaluation with other settings, or its record is damaged.
     """
     path = folder / SETTINGS
     if not path.exists():
-        with atomic_write(path, replace=False) as temporary:
-            temporary.write_text(json.dumps(settings), encoding="utf-8")
+        write_once(path, json.dumps(settings))
     _check_settings(path, settings, parse_json(read_bounded(path, MAX_JSON_BYTES), str(path), CURE))
 
 
@@ -115,6 +115,8 @@ def _read(path: Path, cure: str) -> _Chunk:
 
 def _check_settings(path: Path, settings: Mapping[str, Any], stored: Any) -> None:
     """Raise `InputError` unless the settings in a file are the given ones."""
+    if isinstance(stored, dict):  # chunks of earlier versions have no architecture
+        stored = {"architecture": settings.get("architecture")} | stored
     if different := list(differences(stored, json.loads(json.dumps(settings)))):
         raise InputError(
             f"{path} belongs to an evaluation with another {other_setting(different)}: give another --out, or remove "

@@ -6,7 +6,8 @@ memory of the process. What a program allocates while it runs is not bounded.
 
 A TorchScript is a zip archive of code, of the pickles `data.pkl` and `constants.pkl`, and of the bytes of each tensor
 (`data/0`, `constants/0`, ...), which the pickles name by a tuple ("storage", type, key, device, number of elements).
-The pickles are read as a sequence of opcodes and never executed here.
+The pickles are read as a sequence of opcodes and never executed here. torch finds these parts by their names in upper
+or lower case, and reads no others, such as `extra/NAME`.
 """
 
 import pickletools
@@ -33,8 +34,13 @@ FORBIDDEN = re.compile(
     r"\b(?:torch|ops\.aten|ops\.prim)\.(?:save|from_file|PythonOp|IgnoredPythonOp)\b|\brpc_(?:async|remote|sync)\b"
     r"|\b__setstate__\b|\bops\.(?!aten\b|prim\b|quantized\b)\w+\.\w+"
 )
+PICKLES = ("data.pkl", "constants.pkl")
 MAX_CODE_BYTES = 2**24  # of all code in a TorchScript, unpacked
 ELEMENT_BYTES = {"Bool": 1, "Byte": 1, "Char": 1, "Short": 2, "Half": 2, "BFloat16": 2, "Int": 4, "Float": 4}
+ELEMENT_BYTES |= {"UInt16": 2, "UInt32": 4, "UInt64": 8, "ComplexHalf": 4}
+ELEMENT_BYTES |= dict.fromkeys(
+    ("Float8_e5m2", "Float8_e4m3fn", "Float8_e5m2fnuz", "Float8_e4m3fnuz", "Float8_e8m0fnu"), 1
+)
 ELEMENT_BYTES |= {"Long": 8, "Double": 8, "ComplexFloat": 8, "ComplexDouble": 16, "QInt8": 1, "QUInt8": 1, "QInt32": 4}
 
 
@@ -83,17 +89,17 @@ def _fault(role: str, path: Path) -> str:
 
 
 def _is_code(part: zipfile.ZipInfo) -> bool:
-    return "/code/" in part.filename
+    return "/code/" in part.filename.lower()
 
 
 def _fault_of_layout(archive: zipfile.ZipFile, size: int) -> str:
     """Return why an archive may be read differently by torch, or unpacks to more than its size; empty if neither."""
     parts = archive.infolist()
-    names = [part.filename for part in parts]
+    names = [part.filename.lower() for part in parts]
     # With two equal names, a comment, or bytes before the archive, torch may find other parts than Python. The layout
     # before torch 1.4 states its tensors in model.json.
     is_ambiguous = len(set(names)) < len(names) or archive.comment or min(part.header_offset for part in parts)
-    if is_ambiguous or any(name.endswith("/model.json") for name in names):
+    if is_ambiguous or any(name.partition("/")[2] == "model.json" for name in names):
         return "is an archive that torch.jit.save does not write"
     code = sum(part.file_size for part in parts if _is_code(part))
     if code > MAX_CODE_BYTES:
@@ -117,10 +123,10 @@ def _fault_of_code(archive: zipfile.ZipFile) -> str:
 
 def _fault_of_tensors(archive: zipfile.ZipFile, size: int) -> str:
     """Return which tensor exceeds its bytes, or that all tensors exceed the file; empty if none does."""
-    total, present = 0, {part.filename: part.file_size for part in archive.infolist()}
+    total, present = 0, {part.filename.lower(): part.file_size for part in archive.infolist()}
     for part in archive.infolist():
-        folder, extension = part.filename[:-4], part.filename[-4:]
-        if extension != ".pkl" or _is_code(part):
+        folder, name_in_archive = part.filename[:-4], part.filename.lower().partition("/")[2]
+        if name_in_archive not in PICKLES:
             continue
         for storage in _storages(archive.read(part)):
             match storage:
@@ -132,8 +138,9 @@ def _fault_of_tensors(archive: zipfile.ZipFile, size: int) -> str:
             if element is None or elements < 0:
                 return f"has a tensor {name} of {elements} elements of type {kind}"
             total += elements * element
-            if elements * element > present.get(name, 0):
-                return f"has a tensor {name} of {elements * element} bytes, of which {present.get(name, 0)} are present"
+            found = present.get(name.lower(), 0)
+            if elements * element > found:
+                return f"has a tensor {name} of {elements * element} bytes, of which {found} are present"
     return f"has tensors of {total} bytes, more than its {size}" if total > size else ""
 
 

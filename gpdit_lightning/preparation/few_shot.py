@@ -73,8 +73,10 @@ def _prepare_pairs(options: PreparePairsOptions) -> Manifest:
     all_pairs = find_pairs(options)
     pairs = _split_and_limit(all_pairs, options)
     preparation = _describe_preparation(options, task, [*pairs.training, *pairs.held_out])
+    if (options.out / FILE_NAME).exists():
+        return _existing_manifest(options.out, preparation, codec.spec())
     with folder_lock(options.out):
-        if (options.out / FILE_NAME).exists():
+        if (options.out / FILE_NAME).exists():  # another process has completed it meanwhile
             return _existing_manifest(options.out, preparation, codec.spec())
         latents = _encode(pairs, task, size, codec)
         training, validation = _draw_sequences(pairs, options)

@@ -73,7 +73,7 @@ class InputFile:
 
     @property
     def annotation_hash(self) -> str:
-        """16 hexadecimal digits that change with label and captions, for a tar with the label of the tar."""
+        """16 hexadecimal digits that change with label and captions."""
         return hashlib.sha256(json.dumps(self.annotation, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -101,7 +101,7 @@ class RecordedFile:
     """For a tar: what is hashed to hold out its images. Records of older versions lack it."""
     is_tar: bool = False
     annotation: str | None = None
-    """`InputFile.annotation_hash`. Records of older versions lack it."""
+    """`InputFile.annotation_hash`. Tars and records of older versions lack it."""
 
     @property
     def format(self) -> FileFormat:
@@ -120,7 +120,8 @@ class RecordedFile:
             reason=file.reason,
             hashed=file.hashed,
             is_tar=file.format == "tar",
-            annotation=file.annotation_hash,
+            # The label of a held-out tar changes when a tar with its name is added for training.
+            annotation=None if file.format == "tar" else file.annotation_hash,
         )
 
     @classmethod

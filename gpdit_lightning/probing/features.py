@@ -32,7 +32,7 @@ from torch.utils.data import Dataset
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.json_records import load_record, record_to_json
-from gpdit_lightning.files import BoundedReader, atomic_write, open_regular, read_bounded, sha256_of
+from gpdit_lightning.files import BoundedReader, atomic_write, open_regular, read_bounded, sha256_of, write_once
 from gpdit_lightning.media.video import natural_sort_key
 from gpdit_lightning.retries import transient_error
 from gpdit_lightning.specs import CodecSpec
@@ -114,8 +114,7 @@ class FeatureRecord:
 
     def save(self, folder: str | Path) -> None:
         """Write `features.json`, unless another process has written it meanwhile."""
-        with atomic_write(Path(folder) / RECORD, replace=False) as path:
-            path.write_text(record_to_json(self), encoding="utf-8", errors="backslashreplace")
+        write_once(Path(folder) / RECORD, record_to_json(self))
 
     def check(self, expected: Mapping[str, Any], folder: str | Path, label: Callable[[str], str] = str) -> None:
         """Compare the record with expected values of some of its fields.

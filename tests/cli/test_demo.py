@@ -1,7 +1,6 @@
 """The demo with few steps and videos, and the complete demo in a slow test."""
 
 import json
-from contextlib import AbstractContextManager
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from PIL import Image
 from gpdit_lightning.cli import demo, demo_videos, main
 from gpdit_lightning.cli.recipe_files import recipe_path
 from gpdit_lightning.data.manifest import Manifest
-from gpdit_lightning.files import atomic_write
+from gpdit_lightning.files import write_once
 from gpdit_lightning.media.video import video_info
 from gpdit_lightning.media.video_writer import write_video
 
@@ -102,12 +101,12 @@ def test_of_two_demos_of_other_videos_that_start_at_once_one_is_refused(
     """The other one records its videos after this one has found no record."""
     run_dir = tmp_path / "run"
 
-    def write_later(path: Path, replace: bool = True) -> AbstractContextManager[Path]:
+    def write_later(path: Path, text: str) -> None:
         path.parent.mkdir()
         path.write_text(json.dumps(demo.recorded(tmp_path / "others")))
-        return atomic_write(path, replace)
+        write_once(path, text)
 
-    monkeypatch.setattr(demo, "atomic_write", write_later)
+    monkeypatch.setattr(demo, "write_once", write_later)
     assert main(["demo", "--run_dir", str(run_dir)]) == 2
     assert f"{run_dir} holds the demo of {tmp_path / 'others'}, not of the digits: remove" in capsys.readouterr().err
 

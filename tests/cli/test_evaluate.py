@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from gpdit_lightning.evaluation.chunks import noise_seed
 from gpdit_lightning.evaluation.metrics import psnr
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import read_clip
-from gpdit_lightning.files import atomic_write
+from gpdit_lightning.files import write_once
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.evaluate import EvaluateOptions, NetworkOptions
@@ -507,12 +506,12 @@ def test_of_two_evaluations_with_other_settings_that_start_at_once_one_is_refuse
     other, out = tmp_path / "other", tmp_path / "out"
     assert evaluate(command, other, "--guidance=2", "--count=2") == 0
 
-    def write_later(path: Path, replace: bool = True) -> AbstractContextManager[Path]:
-        path.parent.mkdir(parents=True)
+    def write_later(path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(other / "chunks" / path.name, path)
-        return atomic_write(path, replace)
+        write_once(path, text)
 
-    monkeypatch.setattr(chunk_files, "atomic_write", write_later)
+    monkeypatch.setattr(chunk_files, "write_once", write_later)
     assert evaluate(command, out, "--count=2") == 2
     assert "chunks/settings.json belongs to an evaluation with another --guidance (2.0, not" in error_message(capsys)
     assert [path.name for path in (out / "chunks").iterdir()] == ["settings.json"]

@@ -54,6 +54,33 @@ def test_an_archive_that_is_written_again_loads(script: Path) -> None:
         assert torch.equal(loaded.state_dict()[name], value)
 
 
+def test_traced_modules_and_extra_files_load(tmp_path: Path) -> None:
+    """A traced module has another pickle, whose tensors torch does not write."""
+    traced = torch.jit.trace(torch.nn.Linear(6, 4), torch.zeros(2, 6))
+    path = tmp_path / "traced.pt"
+    torch.jit.save(traced, str(path), _extra_files={"model.json": b"{}", "a.pkl": b"no pickle"})
+    assert load_script("image", path, "one input")[1] == "one input"
+
+
+def test_parts_in_upper_case_are_checked(script: Path) -> None:
+    """torch finds the parts of an archive by their names in upper or lower case."""
+
+    def upper(old: str, damage: Damage) -> Path:
+        copy = script.with_name("upper.pt")
+        with zipfile.ZipFile(rewritten(script, damage)) as archive, zipfile.ZipFile(copy, "w") as written:
+            for part in archive.infolist():
+                written.writestr(part.filename.replace(old, old.upper()), archive.read(part))
+        return copy
+
+    def with_operation(name: str, content: bytes) -> bytes:
+        return content + b"# torch.save" if name.endswith(".py") else content
+
+    with pytest.raises(InputError, match=r"the operation torch\.save"):
+        load_script("image", upper("/code/", with_operation), "Inception")
+    with pytest.raises(InputError, match="DATA/0 of 261120 bytes"):
+        load_script("image", upper("data.pkl", replaced(b"K\x18t", b"M\x00\xfft")), "Inception")
+
+
 # The opcodes BININT1 (K) and BININT2 (M) before the closing tuple (t) are the number of elements.
 @pytest.mark.parametrize(
     ("damage", "message"),
