@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 
 
 def _stop(*_: object) -> None:
@@ -13,7 +14,9 @@ def _stop(*_: object) -> None:
 
 
 # Set before anything of the package is imported, also what handles signals later: an interrupted import is a traceback.
-is_handled = signal.getsignal(signal.SIGINT) == signal.default_int_handler  # it is not if it is ignored, as by nohup
+# It is not set in another thread, which Python forbids, or if the signal is ignored, as by nohup.
+is_handled = threading.current_thread() is threading.main_thread()
+is_handled = is_handled and signal.getsignal(signal.SIGINT) == signal.default_int_handler
 if is_handled:
     signal.signal(signal.SIGINT, _stop)
 

@@ -56,7 +56,7 @@ def rank_of_process() -> tuple[int, int, int]:
             total = environment_number(ranks, least=1)
             return environment_number(rank, most=total - 1), total, environment_number(local_rank, 0)
     for rank in RANKS:
-        environment_number(rank, 0)
+        environment_number(rank, 0, least=-1)  # -1 is a common value for "none"
     return 0, 1, 0
 
 

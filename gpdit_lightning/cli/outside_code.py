@@ -71,7 +71,7 @@ def without_options(arguments: Sequence[str], options: Mapping[str, Any]) -> lis
             for option in options:
                 _remove(part.content, option)
             result.append(f"--config={json.dumps(part.content, default=str)}")
-        elif part.name.startswith(tuple(f"{MODEL}.init_args.{name}" for name in ARGUMENTS_OF_ALL_STAGES)):
+        elif f"{part.name}.".startswith(tuple(f"{MODEL}.init_args.{name}." for name in ARGUMENTS_OF_ALL_STAGES)):
             result += part.words
     return [*result, *([f"--model={import_path(GPDiTStage)}"] if MODEL in options else [])]
 
@@ -109,7 +109,7 @@ def _nested(content: Mapping[Any, Any]) -> dict[Any, Any]:
     result = dict[Any, Any]()
     for name, value in content.items():
         inner = _nested(value) if isinstance(value, Mapping) else value
-        first, *rest = name.split(".", MAX_PARTS) if isinstance(name, str) else [name]
+        first, *rest = name.removesuffix("+").split(".", MAX_PARTS) if isinstance(name, str) else [name]
         for part in reversed(rest):
             inner = {part: inner}
         result = _merged(result, {first: inner})
@@ -152,8 +152,9 @@ def _read(value: Any) -> Any:
 
 def _absolute(value: Any, folder: Path) -> Any:
     """Return a value of a file with absolute paths in the place of those of files relative to a folder."""
-    if isinstance(value, str) and value and os.path.isfile(file := os.path.join(folder, value)):
-        return os.path.abspath(file)
+    if isinstance(value, str):  # other names of files, such as `cosine`, are values
+        is_file = value.endswith((".yaml", ".yml", ".json")) and os.path.isfile(os.path.join(folder, value))
+        return os.path.abspath(os.path.join(folder, value)) if is_file else value
     if isinstance(value, dict):
         return {name: _absolute(item, folder) for name, item in value.items()}
     return [_absolute(item, folder) for item in value] if isinstance(value, list) else value

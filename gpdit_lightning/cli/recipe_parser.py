@@ -79,7 +79,7 @@ def _remove_objects(value: Any) -> None:
         return
     arguments = value.get("init_args")
     if "class_path" in value and isinstance(arguments, Namespace):
-        defaults = _defaults(import_object(value.class_path, "class"))
+        defaults = _defaults(value.class_path)
         for name, argument in list(vars(arguments).items()):
             if not _is_data(argument) and defaults.get(name) is argument:
                 del arguments[name]
@@ -87,9 +87,16 @@ def _remove_objects(value: Any) -> None:
         _remove_objects(item)
 
 
-def _defaults(kind: type) -> dict[str, Any]:
-    """Return the defaults of the arguments of a class, and of those that it passes on to its bases."""
-    constructors = [vars(base).get("__init__") for base in reversed(kind.__mro__)]
+def _defaults(class_path: str) -> dict[str, Any]:
+    """Return the defaults of the arguments of a class, and of those that it passes on to its bases.
+
+    Of functions and nested classes, which may stand for a class, there are none.
+    """
+    try:
+        kind = import_object(class_path, "class")
+    except InputError:
+        return {}
+    constructors = [vars(base).get("__init__") for base in reversed(getattr(kind, "__mro__", ()))]
     parameters = [inspect.signature(init).parameters for init in constructors if inspect.isfunction(init)]
     return {name: parameter.default for of_base in parameters for name, parameter in of_base.items()}
 

@@ -25,8 +25,9 @@ SAME_FOLDER = ("run_dir", "runs")  # the same folder may have other names
 # Settings in which ranks may differ: folders and files, whose content is compared, what does not change the result, and
 # the seed of the initial weights, which each rank draws if it is true.
 OF_EACH_NODE = re.compile(
-    r"run_dir|runs|seed_everything|data_dir|data\.\w+\.manifests|data\.(cache|workers)\b.*|model\.init_args\.initial_weights|"
-    r"trainer\.(logger|callbacks|profiler|default_root_dir)\b.*"
+    r"run_dir|runs|latents|data_dir|data\.\w+\.manifests|data\.(cache|workers)\b.*|"
+    r"seed_everything|model\.init_args\.initial_weights|preview\.codec_source|scores\.(codec_source|\w+_network\.path)|"
+    r"trainer\.(devices|logger|callbacks|profiler|default_root_dir|enable_progress_bar|enable_model_summary)\b.*"
 )
 
 

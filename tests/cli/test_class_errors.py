@@ -231,7 +231,8 @@ def write_announced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "import pathlib\nfrom lightning import Callback\nfrom gpdit_lightning.stages import MixedStage\n"
         "pathlib.Path(__file__).with_suffix('.imported').touch()\n\nclass Call(Callback):\n    pass\n\n"
         "class Stage(MixedStage):\n    def __init__(self, extra: int = 1, **others):\n"
-        "        super().__init__(**others)\n\ndef function():\n    pass\n"
+        "        super().__init__(**others)\n\ndef function():\n    pass\n\n"
+        "def make_call(number: int = 1) -> Call:\n    return Call()\n"
     )
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, "announced", raising=False)
@@ -280,6 +281,8 @@ CALL = "{class_path: announced.Call}"
     [
         ({"callbacks": ["call.yaml"]}, ["--config=sub/ema.yaml"], "announced.Call"),
         ({"callbacks": "call.yaml"}, [], "announced.Call"),
+        ({"callbacks+": [{"class_path": "announced.Call"}]}, [], "announced.Call"),
+        ({"callbacks": [{"class_path": "announced.make_call"}]}, [], "announced.make_call"),
         ("trainer.yaml", [], "announced.Call"),
         ({}, ["--trainer.callbacks=call.yaml"], "announced.Call"),
         ({}, ["--trainer=trainer.yaml"], "announced.Call"),
@@ -312,6 +315,7 @@ def test_outside_code_is_announced_in_whatever_way_it_is_named(
         "call.yaml": CALL,
         "trainer.yaml": "callbacks: [call.yaml]",
         "dotted.yaml": f"trainer.callbacks: [{CALL}]",
+        "cosine": "has the name of a value of the recipe",
     }.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "sub").mkdir()
