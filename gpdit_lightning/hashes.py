@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from gpdit_lightning.errors import InputError, TransientError
-from gpdit_lightning.files import Identity, identity_of, open_regular, partial_path, process_lock, read_bounded
+from gpdit_lightning.files import partial_path, process_lock
+from gpdit_lightning.regular_files import Identity, identity_of, open_regular, read_bounded
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import CONTENT_HASH, content_hash
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError, TransientError
-from gpdit_lightning.files import check_regular
+from gpdit_lightning.regular_files import check_regular
 from gpdit_lightning.tensor_files import safetensors_header
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import Identity, identity_of, open_regular
+from gpdit_lightning.regular_files import Identity, identity_of, open_regular
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import parse_json, shown
 

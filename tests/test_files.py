@@ -1,7 +1,6 @@
 """Atomic writes, locks, and checks of output paths."""
 
 import errno
-import hashlib
 import multiprocessing
 import os
 from multiprocessing.synchronize import Event
@@ -14,16 +13,13 @@ import pytest
 from gpdit_lightning import files
 from gpdit_lightning.errors import InputError, file_of
 from gpdit_lightning.files import (
-    BoundedReader,
     atomic_write,
     check_writable,
     new_partial,
     partial_path,
     process_lock,
     publish,
-    read_lines,
     remove,
-    sha256_of,
     write_once,
 )
 
@@ -187,24 +183,6 @@ def test_check_writable_names_path_reason_and_option(tmp_path: Path) -> None:
         check_writable(tmp_path / ("a" * 256))
     with pytest.raises(InputError, match=r"--out is recipe.yaml: give a name that ends in .png, as"):
         check_writable(Path("recipe.yaml"), extension=".png")
-
-
-def test_sha256_of(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"content")
-    assert sha256_of(tmp_path / "a") == hashlib.sha256(b"content").hexdigest()
-
-
-def test_a_bounded_reader_reads_what_a_file_has_and_no_pipe(tmp_path: Path) -> None:
-    path, pipe = tmp_path / "a", tmp_path / "b"
-    path.write_bytes(b"0123456789")
-    os.mkfifo(pipe)
-    with BoundedReader(path) as file:
-        assert file.read(2**62) == b"0123456789"
-        assert file.seek(7) == 7
-        assert file.read(2) + file.read(2**62) + file.read() == b"789"
-    for open_pipe in (BoundedReader, lambda path: list(read_lines(path, "give a list"))):
-        with pytest.raises(InputError, match=f"{pipe} is not a regular file"):
-            open_pipe(pipe)
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])

@@ -18,8 +18,8 @@ from benchmarks.fuzz.corpus import make_corpus
 from benchmarks.fuzz.outcomes import OUTCOMES, run_cases
 from benchmarks.fuzz.processes import Limits
 from benchmarks.fuzz.targets import KINDS, Target, uses_marked_frames
-from gpdit_lightning.files import sha256_of
 from gpdit_lightning.media import decoding
+from gpdit_lightning.regular_files import sha256_of
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 INTACT = random.Random(0).randbytes(1000)

@@ -12,8 +12,9 @@ import pytest
 
 from gpdit_lightning import files, hashes
 from gpdit_lightning.errors import InputError, TransientError
-from gpdit_lightning.files import open_regular, process_lock
+from gpdit_lightning.files import process_lock
 from gpdit_lightning.hashes import remembered_sha256
+from gpdit_lightning.regular_files import open_regular
 
 
 @pytest.fixture

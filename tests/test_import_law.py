@@ -23,6 +23,7 @@ LEAVES = {
         "progress",
         "randomness",
         "recalled_files",
+        "regular_files",
         "retries",
         "schema",
         "signals",

@@ -25,15 +25,7 @@ from gpdit_lightning.evaluation.network_files import verify_file
 from gpdit_lightning.evaluation.reference import AdmFile, Reference
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.torchscript import load_script
-from gpdit_lightning.files import (
-    BoundedReader,
-    atomic_write,
-    check_writable,
-    process_lock,
-    read_bounded,
-    read_lines,
-    sha256_of,
-)
+from gpdit_lightning.files import atomic_write, check_writable, process_lock
 from gpdit_lightning.hashes import content_identity, remembered_sha256
 from gpdit_lightning.media.containers import open_video
 from gpdit_lightning.media.finding import find_media
@@ -43,6 +35,7 @@ from gpdit_lightning.media.mp4_headers import check_mp4_header
 from gpdit_lightning.preparation.annotations import read_annotations
 from gpdit_lightning.probing.features import read_features
 from gpdit_lightning.probing.layer_features import _FeatureBlock
+from gpdit_lightning.regular_files import BoundedReader, read_bounded, read_lines, sha256_of
 from gpdit_lightning.tensor_files import safetensors_header
 from gpdit_lightning.training.loggers import keep_earlier_rows
 from gpdit_lightning.training.run_folder import RunFolderFiles

@@ -23,8 +23,8 @@ from benchmarks.fuzz.targets import KINDS, TARGETS, Target, uses_marked_frames
 from benchmarks.fuzz.texts import damage_text
 from benchmarks.fuzz.values import DamagedField, damage_every_field, damage_values
 from gpdit_lightning.checkpoints import exported
-from gpdit_lightning.files import sha256_of
 from gpdit_lightning.probing import features
+from gpdit_lightning.regular_files import sha256_of
 from gpdit_lightning.schema import CONTENT_HASH
 
 CONSISTENT = 0.3  # fraction of the cases in which recorded hashes are replaced by those of the damaged files

@@ -23,12 +23,12 @@ from gpdit_lightning.cli import main as command
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import sha256_of
 from gpdit_lightning.generation.pipeline import GPDiTPipeline
 from gpdit_lightning.media.containers import open_video
 from gpdit_lightning.media.decoding import decoded_frames
 from gpdit_lightning.names import printable
 from gpdit_lightning.probing.features import CHECKSUMS, SOURCES
+from gpdit_lightning.regular_files import sha256_of
 
 OUT = "out"
 

@@ -8,13 +8,13 @@ import av
 from PIL import Image
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import check_regular
 from gpdit_lightning.generation.contexts import VideoContext
 from gpdit_lightning.generation.pipeline import GPDiTPipeline
 from gpdit_lightning.media.containers import input_options
 from gpdit_lightning.media.images import IMAGE_FORMATS
 from gpdit_lightning.media.mp4_headers import check_mp4_header
 from gpdit_lightning.options.sample import GenerationOptions
+from gpdit_lightning.regular_files import check_regular
 
 # FFmpeg's formats of one file each. Others, such as playlists, would make FFmpeg open further files or addresses.
 VIDEO_FORMATS = ("mov", "matroska", "avi", "gif", "mpegts", "mpeg", "flv", "asf", "ogg")

@@ -19,7 +19,7 @@ from torch import Tensor
 from gpdit_lightning.checkpoints.marks import AVERAGE, TRAINING, step_of
 from gpdit_lightning.checkpoints.parts import places, read_parts
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import Identity, identity_of, open_regular
+from gpdit_lightning.regular_files import Identity, identity_of, open_regular
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import COUNT, LIST, OBJECT, TEXT, check, shown
 from gpdit_lightning.tensor_files import (

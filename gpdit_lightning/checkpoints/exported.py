@@ -27,10 +27,11 @@ from gpdit_lightning.checkpoints.card import CardDetails, is_unedited, model_car
 from gpdit_lightning.checkpoints.facts import EXPORT_AGAIN
 from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.errors import InputError, TransientError
-from gpdit_lightning.files import atomic_write, read_bounded
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.hashes import remembered_sha256
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.path_kinds import EXPORTED_CONFIG, EXPORTED_WEIGHTS
+from gpdit_lightning.regular_files import read_bounded
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import parse_json, shown
 from gpdit_lightning.tensor_files import safetensors_header

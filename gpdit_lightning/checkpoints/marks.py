@@ -14,8 +14,9 @@ from typing import Any
 
 from gpdit_lightning import path_kinds
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write, read_bounded, sha256_of
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.hashes import remembered_sha256
+from gpdit_lightning.regular_files import read_bounded, sha256_of
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import COUNT, OBJECT, SHA256, check, parse_json, shown
 

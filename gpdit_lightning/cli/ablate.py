@@ -14,10 +14,11 @@ from gpdit_lightning.cli.ablation_report import ArmResults, dry_run_text, write_
 from gpdit_lightning.cli.chain import is_launched, print_once, release, restart
 from gpdit_lightning.devices import rank_of_process, this_machine
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write, process_lock, read_bounded
+from gpdit_lightning.files import atomic_write, process_lock
 from gpdit_lightning.options.ablate import AblateOptions
 from gpdit_lightning.planning.rules import expected_flops_per_s
 from gpdit_lightning.progress import progress_bar
+from gpdit_lightning.regular_files import read_bounded
 from gpdit_lightning.schema import MAX_JSON_BYTES, OBJECT, check, parse_json
 
 FAILURES = "failures.json"

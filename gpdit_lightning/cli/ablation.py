@@ -25,10 +25,11 @@ from gpdit_lightning.data.selection import load_manifest, no_source_error, selec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.budget import RunCosts
 from gpdit_lightning.estimation.requirements import RunSettings
-from gpdit_lightning.files import atomic_write, read_bounded
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.imports import import_path
 from gpdit_lightning.options.ablate import AblateOptions
 from gpdit_lightning.options.shared import RecipeOptions
+from gpdit_lightning.regular_files import read_bounded
 from gpdit_lightning.schema import (
     CONTENT_HASH,
     COUNT,

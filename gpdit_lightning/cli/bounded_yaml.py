@@ -16,8 +16,8 @@ import yaml
 from jsonargparse import _loaders_dumpers
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import read_bounded
 from gpdit_lightning.path_kinds import found_at, reason_and_cure
+from gpdit_lightning.regular_files import read_bounded
 
 PARSER_MODE = "omegaconf+"  # YAML with interpolations that are resolved after all files are read
 

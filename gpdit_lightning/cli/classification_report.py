@@ -14,7 +14,7 @@ from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.evaluation.report import library_versions
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.names import as_text
-from gpdit_lightning.preparation.input_files import recording_of
+from gpdit_lightning.preparation.splits import recording_of
 from gpdit_lightning.probing.probe import RESAMPLES, LayerScore, confidence_interval
 from gpdit_lightning.probing.report import ProbeProtocol, ProbeResult, markdown, write_json
 from gpdit_lightning.probing.splits import UCF_NAME

@@ -20,7 +20,7 @@ from gpdit_lightning.cli.demo_videos import write_videos
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.diffusion import RotationSampler
 from gpdit_lightning.errors import InputError, TransientError
-from gpdit_lightning.files import atomic_write, read_bounded, write_once
+from gpdit_lightning.files import atomic_write, write_once
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.generation.context_readers import read_contexts
 from gpdit_lightning.generation.contexts import ContextSettings
@@ -39,6 +39,7 @@ from gpdit_lightning.preparation import (
 )
 from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.progress import progress_bar
+from gpdit_lightning.regular_files import read_bounded
 from gpdit_lightning.schema import MAX_JSON_BYTES, SIZE, check, parse_json
 
 VERSION = 2  # of the videos and the codec: data and models of other versions do not fit

@@ -59,9 +59,10 @@ from gpdit_lightning.evaluation.samples import (
     split_samples,
 )
 from gpdit_lightning.evaluation.videos import select_videos
-from gpdit_lightning.files import check_writable, sha256_of
+from gpdit_lightning.files import check_writable
 from gpdit_lightning.names import as_text
 from gpdit_lightning.progress import progress_bar
+from gpdit_lightning.regular_files import sha256_of
 
 log = logging.getLogger(__name__)
 

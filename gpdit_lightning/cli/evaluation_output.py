@@ -15,10 +15,11 @@ from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.evaluation.chunk_files import complete_chunks
 from gpdit_lightning.evaluation.report import Protocol, Report
 from gpdit_lightning.evaluation.report_text import RESULTS, TABLES, plot_self_checks, to_markdown, write_report
-from gpdit_lightning.files import atomic_write, process_lock, read_bounded
+from gpdit_lightning.files import atomic_write, process_lock
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.options.evaluate import EvaluateOptions
+from gpdit_lightning.regular_files import read_bounded
 from gpdit_lightning.retries import NOT_WRITABLE_ERRORS
 
 log = logging.getLogger(__name__)

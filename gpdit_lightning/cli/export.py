@@ -30,10 +30,11 @@ from gpdit_lightning.codecs import CODECS
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.report_text import RESULTS, what_is_generated
-from gpdit_lightning.files import new_partial, publish, read_bounded, remove
+from gpdit_lightning.files import new_partial, publish, remove
 from gpdit_lightning.generation.settings import load_codec_of
 from gpdit_lightning.names import printable
 from gpdit_lightning.options.export import ExportOptions
+from gpdit_lightning.regular_files import read_bounded
 from gpdit_lightning.training.run_folder import RECIPE
 
 

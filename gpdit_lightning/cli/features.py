@@ -18,7 +18,7 @@ from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError, ResourceError
 from gpdit_lightning.evaluation.videos import find_named_videos, read_clip
-from gpdit_lightning.files import check_writable, sha256_of
+from gpdit_lightning.files import check_writable
 from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.generation.precision import autocast
 from gpdit_lightning.generation.settings import (
@@ -44,6 +44,7 @@ from gpdit_lightning.probing.features import (
     write_features,
 )
 from gpdit_lightning.progress import progress_bar
+from gpdit_lightning.regular_files import sha256_of
 from gpdit_lightning.workers import WorkerLoader
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import announce_replaced, atomic_write, check_keeps_inputs, check_writable, sha256_of
+from gpdit_lightning.files import announce_replaced, atomic_write, check_keeps_inputs, check_writable
 from gpdit_lightning.generation import transform as generate_targets
 from gpdit_lightning.generation.pipeline import load_pipeline
 from gpdit_lightning.generation.settings import batches_by_shape, trained_sizes
@@ -37,6 +37,7 @@ from gpdit_lightning.preparation.pairs import (
     read_pair,
 )
 from gpdit_lightning.progress import progress_bar
+from gpdit_lightning.regular_files import sha256_of
 
 log = logging.getLogger(__name__)
 

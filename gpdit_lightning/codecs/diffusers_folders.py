@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from gpdit_lightning.errors import InputError, message_line
-from gpdit_lightning.files import read_bounded
+from gpdit_lightning.regular_files import read_bounded
 from gpdit_lightning.retries import memory_error, transient_error
 from gpdit_lightning.schema import OBJECT, TEXT, check, parse_json, shown
 from gpdit_lightning.tensor_files import check_finite, safetensors_header, size_text

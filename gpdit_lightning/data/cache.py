@@ -26,7 +26,8 @@ from typing import Any, BinaryIO, TypeVar
 
 from gpdit_lightning.data.remote import FailedDownloadError, RemoteFile, WrongContentError, read_blocks
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import DISK_FULL_ERRORS, flush, process_lock, sha256_of
+from gpdit_lightning.files import DISK_FULL_ERRORS, flush, process_lock
+from gpdit_lightning.regular_files import sha256_of
 from gpdit_lightning.retries import retried
 
 log = logging.getLogger(__name__)

@@ -24,8 +24,9 @@ from gpdit_lightning.data.shard_entry import (
     check_no_unknown_fields,
 )
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write, read_bounded
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.path_kinds import MANIFEST, reason_and_cure
+from gpdit_lightning.regular_files import read_bounded
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import (
     CONTENT_HASH,

@@ -28,7 +28,7 @@ from gpdit_lightning.data.manifest import Folder
 from gpdit_lightning.data.remote import RemoteFile, WrongContentError
 from gpdit_lightning.data.shard_entry import LATENT_ONLY, PREPARE_AGAIN, SHARD_NAME, ArrayName, Kind, ShardEntry, Split
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import BoundedReader, open_regular, read_bounded, sha256_of
+from gpdit_lightning.regular_files import BoundedReader, open_regular, read_bounded, sha256_of
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import COUNT, POSITIVE_NUMBER, SIZE, TEXT, Constraint, check, parse_json, shown
 

@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
-from gpdit_lightning.files import BoundedReader
+from gpdit_lightning.regular_files import BoundedReader
 
 HEADER, CHECKSUM = struct.Struct("<QI"), struct.Struct("<I")
 MAX_EVENT_BYTES = 2**16  # of an event with scalars; images and texts are larger, and are skipped

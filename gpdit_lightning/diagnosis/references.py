@@ -10,7 +10,8 @@ from gpdit_lightning.diagnosis import facts as run_facts
 from gpdit_lightning.diagnosis.curves import Curve, RunCurves
 from gpdit_lightning.diagnosis.facts import DATA, LOSS, OWN_SETTINGS, SIZE, STAGE, TRAINING, Facts
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write, read_bounded
+from gpdit_lightning.files import atomic_write
+from gpdit_lightning.regular_files import read_bounded
 from gpdit_lightning.schema import COUNT, NUMBER, OBJECT, TEXT, check, parse_json
 
 FOLDER = Path(__file__).parent / "references"

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import other_setting
-from gpdit_lightning.files import atomic_write, read_bounded, write_once
+from gpdit_lightning.files import atomic_write, write_once
 from gpdit_lightning.hashes import content_identity
 from gpdit_lightning.recalled_files import read_with_checksum, recalled, save_with_checksum
+from gpdit_lightning.regular_files import read_bounded
 from gpdit_lightning.schema import MAX_JSON_BYTES, TEXT, Constraint, check, differences, parse_json
 from gpdit_lightning.tensor_files import safetensors_header
 

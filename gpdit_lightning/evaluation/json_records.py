@@ -10,7 +10,7 @@ from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import read_bounded
+from gpdit_lightning.regular_files import read_bounded
 from gpdit_lightning.retries import transient_error
 from gpdit_lightning.schema import CONTENT_HASH, MAX_JSON_BYTES, check_content_hash, content_hash, parse_json
 

@@ -23,10 +23,11 @@ from gpdit_lightning.evaluation.metrics import Moments, moments_problem
 from gpdit_lightning.evaluation.network_files import NetworkRecord
 from gpdit_lightning.evaluation.report import other_setting
 from gpdit_lightning.evaluation.self_checks import SelfChecks
-from gpdit_lightning.files import BoundedReader, atomic_write
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.path_kinds import Medium
 from gpdit_lightning.recalled_files import read_with_checksum, save_with_checksum
+from gpdit_lightning.regular_files import BoundedReader
 from gpdit_lightning.retries import transient_error
 from gpdit_lightning.schema import OBJECT, SIZE, check, parse_json
 from gpdit_lightning.tensor_files import check_finite, npy_layout, safetensors_header

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from gpdit_lightning.evaluation.network_files import network_error
-from gpdit_lightning.files import open_regular
+from gpdit_lightning.regular_files import open_regular
 from gpdit_lightning.retries import transient_error
 
 Interface = Literal["I3D", "Inception", "one input"]

@@ -14,10 +14,10 @@ import av.logging
 from av.stream import Disposition
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import check_regular
 from gpdit_lightning.media.image_headers import check_png_texts
 from gpdit_lightning.media.mp4_headers import check_mp4_header
 from gpdit_lightning.path_kinds import SEARCHED_EXTENSIONS, VIDEO_EXTENSIONS, does_not_exist
+from gpdit_lightning.regular_files import check_regular
 from gpdit_lightning.retries import transient_error
 from gpdit_lightning.specs import MAX_FRAME_PIXELS
 

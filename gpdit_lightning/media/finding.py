@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import check_regular, read_lines
 from gpdit_lightning.media.containers import MIME_TYPES, is_video
 from gpdit_lightning.media.images import IMAGE_FORMATS
 from gpdit_lightning.names import as_text, from_text
 from gpdit_lightning.path_kinds import EXTENSIONS, NOUNS, Medium, does_not_exist, found_at, reason_and_cure
+from gpdit_lightning.regular_files import check_regular, read_lines
 from gpdit_lightning.retries import retried, transient_error
 
 # Extensions of files that often accompany videos and images. These files are counted, but not opened.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import BoundedReader
+from gpdit_lightning.regular_files import BoundedReader
 
 PNG_SIGNATURE, JPEG_SIGNATURE, JPEG_SCAN = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xda"
 ANCILLARY = 0x20  # bit in the first letter of a PNG chunk that a reader may ignore

@@ -13,10 +13,11 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedI
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import BoundedReader, atomic_write
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.image_colours import to_srgb
 from gpdit_lightning.media.image_headers import check_image_file
 from gpdit_lightning.names import number_in, printable
+from gpdit_lightning.regular_files import BoundedReader
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.specs import MAX_FRAME_PIXELS
 

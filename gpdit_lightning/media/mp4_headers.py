@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import BoundedReader
+from gpdit_lightning.regular_files import BoundedReader
 
 FIRST_BOXES = (b"ftyp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"sidx")
 CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"moof", b"traf")

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, get_args
 
 from gpdit_lightning.data.shard_entry import Split
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import read_lines
 from gpdit_lightning.names import MAX_DIGITS
 from gpdit_lightning.path_kinds import SEARCHED_EXTENSIONS, VIDEO_EXTENSIONS
 from gpdit_lightning.preparation.imagenet import (
@@ -24,6 +23,7 @@ from gpdit_lightning.preparation.imagenet import (
     is_imagenet_list,
     read_imagenet_list,
 )
+from gpdit_lightning.regular_files import read_lines
 from gpdit_lightning.schema import parse_json
 
 FIELDS = ("source", "caption", "label", "split")

@@ -23,8 +23,9 @@ from gpdit_lightning.media.timing import fps_of_clip, frame_rate, uneven_interva
 from gpdit_lightning.media.video import DamagedVideoError, VideoFrame, check_intact, iterate_frames, video_info
 from gpdit_lightning.names import counted, number_in
 from gpdit_lightning.options.prepare import PrepareOptions
-from gpdit_lightning.preparation.input_files import InputFile, annotation_metadata, is_held_out
+from gpdit_lightning.preparation.input_files import InputFile, annotation_metadata
 from gpdit_lightning.preparation.shots import mark_cuts
+from gpdit_lightning.preparation.splits import is_held_out
 from gpdit_lightning.preparation.tars import TarSample, containing_file, iterate_samples
 from gpdit_lightning.retries import retried_iterator, transient_error
 

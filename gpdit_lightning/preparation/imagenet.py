@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import BoundedReader
 from gpdit_lightning.names import MAX_DIGITS
+from gpdit_lightning.regular_files import BoundedReader
 
 SYNSET = r"n\d{8}"
 NUMBER = rf"(?P<number>\d{{1,{MAX_DIGITS}}})"

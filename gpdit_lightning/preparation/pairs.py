@@ -14,7 +14,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.finding import FoundFile, search_folder
 from gpdit_lightning.media.images import read_image
 from gpdit_lightning.path_kinds import IMAGE_EXTENSIONS, does_not_exist
-from gpdit_lightning.preparation.input_files import recording_of
+from gpdit_lightning.preparation.splits import recording_of
 from gpdit_lightning.progress import progress_bar
 
 log = logging.getLogger(__name__)

@@ -32,10 +32,11 @@ from typing import Any, NamedTuple
 
 from gpdit_lightning.data.shard_entry import SHARD_NAME, ShardEntry
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write, process_lock, read_bounded
+from gpdit_lightning.files import atomic_write, process_lock
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.preparation.record_formats import COPY_AGAIN, PartResult, RecordedFile, shards_of_part
+from gpdit_lightning.regular_files import read_bounded
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import (
     CONTENT_HASH,

@@ -8,11 +8,11 @@ from itertools import islice
 from pathlib import Path
 
 from gpdit_lightning.data.manifest import NOTES_NAME, SKIPPED_NAME, Manifest
-from gpdit_lightning.files import open_regular
 from gpdit_lightning.media.finding import LeftOut
 from gpdit_lightning.names import printable
-from gpdit_lightning.preparation.input_files import MIN_HELD_OUT
 from gpdit_lightning.preparation.record_formats import left_out
+from gpdit_lightning.preparation.splits import MIN_HELD_OUT
+from gpdit_lightning.regular_files import open_regular
 from gpdit_lightning.schema import parse_json
 
 FEW_HELD_OUT = " and not trained on (few for a validation loss: add files, or train on all by --validation_fraction 0)"

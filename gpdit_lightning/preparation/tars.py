@@ -27,12 +27,12 @@ from torch import Tensor
 from webdataset.tariterators import base_plus_ext
 
 from gpdit_lightning.errors import InputError, TransientError
-from gpdit_lightning.files import BoundedReader
 from gpdit_lightning.media.finding import FolderSearch, FoundFile, LeftOut
 from gpdit_lightning.media.images import read_image
 from gpdit_lightning.names import MAX_DIGITS, as_text, number_in
 from gpdit_lightning.options.shared import MAX_COUNT
 from gpdit_lightning.path_kinds import SEARCHED_EXTENSIONS, does_not_exist
+from gpdit_lightning.regular_files import BoundedReader
 from gpdit_lightning.retries import retried, transient_error
 
 # Role of a member in its sample, by extension. Other members are not read.

@@ -32,8 +32,9 @@ from torch.utils.data import Dataset
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.json_records import load_record, record_to_json
-from gpdit_lightning.files import BoundedReader, atomic_write, open_regular, read_bounded, sha256_of, write_once
+from gpdit_lightning.files import atomic_write, write_once
 from gpdit_lightning.media.video import natural_sort_key
+from gpdit_lightning.regular_files import BoundedReader, open_regular, read_bounded, sha256_of
 from gpdit_lightning.retries import transient_error
 from gpdit_lightning.specs import CodecSpec
 from gpdit_lightning.tensor_files import npy_layout

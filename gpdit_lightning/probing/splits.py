@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import read_lines
 from gpdit_lightning.names import as_text
+from gpdit_lightning.regular_files import read_lines
 
 log = logging.getLogger(__name__)
 

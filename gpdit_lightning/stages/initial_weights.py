@@ -13,9 +13,9 @@ from gpdit_lightning.checkpoints.facts import Origin
 from gpdit_lightning.checkpoints.reading import open_weights, sha256_of_weights
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import check_regular
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.path_kinds import does_not_exist
+from gpdit_lightning.regular_files import check_regular
 from gpdit_lightning.specs import CodecSpec
 from gpdit_lightning.stages.agreement import check_architecture, check_classes
 from gpdit_lightning.tensor_files import TensorOnDisk

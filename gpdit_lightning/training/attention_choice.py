@@ -15,13 +15,14 @@ from lightning import Trainer
 
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.estimation.flops import PassShape, attention_pairs
-from gpdit_lightning.files import atomic_write, read_bounded
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.model.attention import AttentionPlan
 from gpdit_lightning.model.attention.backends import AUTO, BACKENDS, BUILT_IN, announce, built_in_failure
 from gpdit_lightning.model.attention.sdpa import restore_flash
 from gpdit_lightning.model.attention.trial import Measurement, measure
 from gpdit_lightning.model.layout import count_blocks
+from gpdit_lightning.regular_files import read_bounded
 from gpdit_lightning.schema import TEXT, check, one_of, parse_json
 
 RECORD = "attention.json"

@@ -25,8 +25,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from gpdit_lightning.diagnosis.curves import EARLIER_EVENTS, EVENT_FILES, event_folder
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import BoundedReader
 from gpdit_lightning.imports import import_path
+from gpdit_lightning.regular_files import BoundedReader
 
 SCORES = "scores_vs_decoded"  # group of the tags of scores, whose ground truth is decoded from held-out latents
 EVENT_TIME = re.compile(r"tfevents\.(\d{10,12})\.")

@@ -9,7 +9,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from gpdit_lightning import path_kinds
 from gpdit_lightning.checkpoints.files import CHECKPOINTS
-from gpdit_lightning.files import BoundedReader, atomic_write, read_bounded
+from gpdit_lightning.files import atomic_write
+from gpdit_lightning.regular_files import BoundedReader, read_bounded
 from gpdit_lightning.training.internals import event_writer
 from gpdit_lightning.training.loggers import files_in_run_folder, order_event_files
 

@@ -28,7 +28,7 @@ from gpdit_lightning.diffusion import Guidance
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Protocol, Report, Score
 from gpdit_lightning.evaluation.report_text import write_report
-from gpdit_lightning.files import sha256_of
+from gpdit_lightning.regular_files import sha256_of
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint

@@ -22,12 +22,12 @@ from gpdit_lightning.cli.parsing import parse
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.videos import read_clip
-from gpdit_lightning.files import open_regular, sha256_of
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.features import FeaturesOptions
 from gpdit_lightning.probing import features
 from gpdit_lightning.probing.features import CHECKSUMS, SOURCES, FeatureRecord, VideoFeatures
+from gpdit_lightning.regular_files import open_regular, sha256_of
 from tests.cli.sampling import stripes
 
 CODEC = load_codec("pca")

@@ -39,7 +39,8 @@ from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.remote import RemoteFile, _download_error, _not_too_slow, read_blocks
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
 from gpdit_lightning.errors import InputError, TransientError
-from gpdit_lightning.files import process_lock, sha256_of
+from gpdit_lightning.files import process_lock
+from gpdit_lightning.regular_files import sha256_of
 
 fork = multiprocessing.get_context("fork")
 

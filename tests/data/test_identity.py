@@ -16,7 +16,7 @@ from gpdit_lightning.data.buckets import Bucket, _reader
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shards import ShardReader, build_index, checksum, index_path
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import sha256_of
+from gpdit_lightning.regular_files import sha256_of
 
 COUNTS = {("train", "video", (2, 4, 4)): 7, ("validation", "video", (2, 4, 4)): 3}
 Attack = Callable[[Path], object]

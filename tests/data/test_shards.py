@@ -24,7 +24,7 @@ from gpdit_lightning.data.shard_entry import ShardEntry
 from gpdit_lightning.data.shard_writer import ShardSetWriter, ShardWriter
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader, build_index, checksum
 from gpdit_lightning.errors import InputError, TransientError
-from gpdit_lightning.files import sha256_of
+from gpdit_lightning.regular_files import sha256_of
 
 SHAPE = (3, 4, 2, 5)
 

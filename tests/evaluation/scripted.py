@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gpdit_lightning.files import sha256_of
 from gpdit_lightning.options.evaluate import NetworkOptions
+from gpdit_lightning.regular_files import sha256_of
 
 
 def saved(module: nn.Module, folder: Path) -> NetworkOptions:

@@ -15,8 +15,8 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation import network_files
 from gpdit_lightning.evaluation.inception import resize_as_tensorflow
 from gpdit_lightning.evaluation.networks import load_image_classifier, load_image_network, load_video_network
-from gpdit_lightning.files import sha256_of
 from gpdit_lightning.options.evaluate import NetworkOptions
+from gpdit_lightning.regular_files import sha256_of
 from tests.evaluation.scripted import ScriptedClassifier, ScriptedI3D, ScriptedInception, ScriptedPlain, saved
 
 

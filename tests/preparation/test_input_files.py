@@ -18,14 +18,10 @@ from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.names import as_text, printable
 from gpdit_lightning.preparation import PrepareOptions, prepare, summary
-from gpdit_lightning.preparation.annotations import Annotations
-from gpdit_lightning.preparation.input_files import choose_splits
 from gpdit_lightning.preparation.inspection import explain
 from gpdit_lightning.preparation.records import Records
 from gpdit_lightning.preparation.summary import read_left_out
 from tests.preparation.earlier_version import remove_hashes
-
-NO_ANNOTATIONS = Annotations()
 
 
 @pytest.fixture
@@ -127,38 +123,6 @@ def test_a_held_out_link_holds_out_its_file(tmp_path: Path, video: Path) -> None
     (tmp_path / "set" / "link.mp4").symlink_to("c.mp4")
     by_list = prepared(tmp_path, annotations=[tmp_path / "list.csv"], out=tmp_path / "out2")
     assert splits(by_list) == {"a.mp4": "train", "b.mp4": "train", "link.mp4": "validation"}
-
-
-def held_out(names: list[str], fraction: float, recorded: dict[str, Any] | None = None) -> set[str]:
-    chosen = choose_splits(names, fraction, None, NO_ANNOTATIONS, recorded or {})
-    return {name for name, choice in chosen.items() if choice.split == "validation"}
-
-
-@pytest.mark.parametrize(
-    ("files", "fraction", "expected"),
-    [(42, 0.001, 4), (15, 0.001, 3), (8, 0.001, 2), (2, 0.001, 1), (1, 0.5, 0), (42, 0.0, 0), (2, 0.99, 1)],
-)
-def test_a_minimum_of_recordings_is_held_out(files: int, fraction: float, expected: int) -> None:
-    names = [f"{number}.mp4" for number in range(files)]
-    assert len(held_out(names, fraction)) == expected
-
-
-def test_large_data_are_held_out_by_the_fraction_alone() -> None:
-    names = [f"{number}.mp4" for number in range(4000)]
-    chosen = held_out(names, 0.05)
-    assert 160 < len(chosen) < 240
-    assert held_out(names[:3000], 0.05) == chosen & set(names[:3000])  # independent of the other files
-
-
-def test_recorded_splits_are_kept_and_new_files_complete_the_minimum() -> None:
-    names = [f"{number}.mp4" for number in range(42)]
-    recorded: dict[str, Any] = dict.fromkeys(names[:40], "train") | {"0.mp4": "validation"}
-    chosen = held_out(names, 0.001, recorded)
-    assert chosen == {"0.mp4", "40.mp4", "41.mp4"}
-    reason = choose_splits(names, 0.001, None, NO_ANNOTATIONS, recorded)["40.mp4"].reason
-    assert reason.endswith("not below the fraction 0.001, but at least 4 of 42 recordings are held out")
-    enough: dict[str, Any] = dict.fromkeys(names[:40], "train") | dict.fromkeys(names[:4], "validation")
-    assert held_out(names, 0.001, enough) == set(names[:4])
 
 
 def write_tar(path: Path, images: dict[str, bytes], members: dict[str, bytes] | None = None) -> None:

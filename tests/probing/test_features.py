@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import sha256_of
 from gpdit_lightning.probing.features import (
     CHECKSUMS,
     FeatureDigests,
@@ -25,6 +24,7 @@ from gpdit_lightning.probing.features import (
     spatio_temporal,
     write_features,
 )
+from gpdit_lightning.regular_files import sha256_of
 from gpdit_lightning.specs import CodecSpec
 
 CODEC = CodecSpec("pca", None, 1, 8, 4, (0.0,), (1.0,), "0123456789abcdef")

@@ -17,21 +17,13 @@ from gpdit_lightning.names import as_text, from_text, printable
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.annotations import Annotations
 from gpdit_lightning.preparation.clips import Clip, ClipReader, Note, SkippedInput
-from gpdit_lightning.preparation.input_files import (
-    IN_HELD_OUT_FOLDER,
-    FileFormat,
-    HashedValue,
-    InputFile,
-    SplitChoice,
-    choose_split_by_hash,
-    choose_splits,
-    hash_path,
-)
+from gpdit_lightning.preparation.input_files import FileFormat, HashedValue, InputFile, hash_path
 from gpdit_lightning.preparation.inspection.lookup import Match, look_up
 from gpdit_lightning.preparation.inspection.reasons import Sample, explain_frames, explain_size
 from gpdit_lightning.preparation.prepare import INPUT_OPTIONS
 from gpdit_lightning.preparation.record_formats import TEXTS, PartResult, RecordedFile
 from gpdit_lightning.preparation.records import FOLDER_NAME, Records
+from gpdit_lightning.preparation.splits import IN_HELD_OUT_FOLDER, SplitChoice, choose_split_by_hash, choose_splits
 from gpdit_lightning.preparation.summary import read_left_out
 from gpdit_lightning.preparation.tars import containing_file, iterate_samples
 from gpdit_lightning.schema import check

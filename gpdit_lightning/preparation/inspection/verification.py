@@ -14,9 +14,9 @@ from gpdit_lightning.data.shard_entry import PREPARE_AGAIN, SHARD_NAME, ShardEnt
 from gpdit_lightning.data.shards import MAX_INDEX_BYTES, ShardReader, build_index
 from gpdit_lightning.devices import available_cores
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import read_bounded, sha256_of
 from gpdit_lightning.preparation.records import FOLDER_NAME, Records
 from gpdit_lightning.progress import progress_bar
+from gpdit_lightning.regular_files import read_bounded, sha256_of
 from gpdit_lightning.schema import MAX_JSON_BYTES, parse_json, shown
 
 CURE = f"copy it again or {PREPARE_AGAIN}."

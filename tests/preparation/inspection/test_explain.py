@@ -14,9 +14,9 @@ from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.preparation import PreparePairsOptions, prepare_pairs
-from gpdit_lightning.preparation.input_files import choose_split_by_hash
 from gpdit_lightning.preparation.inspection import explain, overview, unlisted_files, verify, write_sheet
 from gpdit_lightning.preparation.records import Records
+from gpdit_lightning.preparation.splits import choose_split_by_hash
 from tests.preparation.inspection.prepared import SHARD, draw_tar, draw_video, prepared
 
 
